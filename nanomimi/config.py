@@ -1,0 +1,138 @@
+"""Configuration: one frozen dataclass per script becomes its command line.
+
+A field is one line, with its type, its default and a help text that gives the unit:
+
+    @dataclass(frozen=True)
+    class TrainConfig(Config):
+        lr: float = option(1e-3, "peak learning rate", above=0)
+
+`--lr 3e-4` sets it; `TrainConfig(lr=3e-4)` does the same from Python. Bounds are checked in both cases.
+"""
+
+import argparse
+import sys
+import time
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+
+C = TypeVar("C", bound="Config")
+
+
+def option(default: Any, help: str, *, at_least: float | None = None, above: float | None = None,
+           at_most: float | None = None) -> Any:
+    """A field that is the flag `--name`; the bounds hold for numbers and are checked at construction."""
+    bounds = {"at least": at_least, "above": above, "at most": at_most}
+    return field(default=default, metadata={"help": help, "bounds": bounds})
+
+
+def argument(help: str) -> Any:
+    """A field of type `tuple[T, ...]` that collects the positional arguments, of which there may be none."""
+    return field(default=(), metadata={"help": help, "positional": True})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Base of the scripts' configurations. Raises ValueError where a number is out of its bounds."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            choices = typing.get_args(f.type) if typing.get_origin(f.type) is Literal else None
+            if choices and value not in choices:
+                raise ValueError(f"--{f.name} must be one of {', '.join(choices)}; got {value!r}")
+            for name, bound in f.metadata.get("bounds", {}).items():
+                if bound is None or value is None:
+                    continue
+                holds = {"at least": value >= bound, "above": value > bound, "at most": value <= bound}
+                if not holds[name]:
+                    raise ValueError(f"--{f.name} must be {name} {bound}; got {value}")
+
+
+def parse(config: type[C], argv: Sequence[str] | None = None, doc: str | None = None,
+          defaults: dict[str, Any] | None = None) -> C:
+    """Command line -> configuration.
+
+    `argv` defaults to the process's own arguments, `defaults` replaces the fields' own. Ends the process with status 2 and one line on
+    standard error where a flag is unknown or its value is not of the field's type.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=_HelpFormatter, allow_abbrev=False)
+    for f in fields(config):
+        _add(parser, f)
+    # argparse passes a default that is a string through the flag's type: a path from JSON becomes a Path.
+    parser.set_defaults(**defaults or {})
+    values = vars(parser.parse_args(argv))
+    return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def run(config: type[C], main: Callable[[C], Any], doc: str | None = None) -> None:
+    """A script's last line: parse, call `main`, and print an error that the user can mend as one line."""
+    try:
+        main(parse(config, doc=doc))
+    except (ValueError, OSError) as error:
+        # Text of the system's own errors ("[Errno 13] Permission denied: ...") is one line already.
+        sys.exit(_fail(str(error)))
+    except KeyboardInterrupt:
+        sys.exit(_fail("interrupted", status=130))
+
+
+def _fail(message: str, status: int = 2) -> int:
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    return status
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the docstring as it is written, and every default."""
+
+
+def _add(parser: argparse.ArgumentParser, f: Any) -> None:
+    kind, help = f.type, f.metadata["help"]
+    if f.metadata.get("positional"):
+        parser.add_argument(f.name, nargs="*", type=typing.get_args(kind)[0], help=help)
+        return
+    if isinstance(kind, types.UnionType):  # X | None: the flag takes an X, its absence means None
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    assert f.default is not MISSING
+    if kind is bool:
+        how = {"action": argparse.BooleanOptionalAction}
+    elif typing.get_origin(kind) is Literal:
+        how = {"choices": typing.get_args(kind)}
+    else:
+        how = {"type": kind, "metavar": kind.__name__.upper()}
+    parser.add_argument(f"--{f.name}", default=f.default, help=help, **how)
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one. Raises ValueError where the device is not to be had."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used ({reason}); try --device cpu") from None
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the device multiplies it clearly faster than float32, which is measured."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    return torch.bfloat16 if _seconds(torch.float32, device) > 1.3 * _seconds(torch.bfloat16, device) \
+        else torch.float32
+
+
+def _seconds(dtype: torch.dtype, device: torch.device) -> float:
+    """Best of five products of the shape of a small model's MLP."""
+    a, b = torch.ones(1024, 512, device=device, dtype=dtype), torch.ones(512, 512, device=device, dtype=dtype)
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        (a @ b).sum().item()  # .item() waits for a GPU
+        times.append(time.perf_counter() - start)
+    return min(times[1:])

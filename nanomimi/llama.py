@@ -1,0 +1,200 @@
+"""Step 4, hidden states -> hidden states: a Llama decoder without a vocabulary.
+
+Embeddings (B, N, C) go in, hidden states (B, N, C) come out; what is embedded and what is predicted is the
+business of flat.py and hierarchical.py. Weights carry the names that Hugging Face gives them below `model.`, and
+RoPE rotates halves as there, so released Llama weights load by name.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretch of the slow rotations to longer contexts (Llama 3.2 uses factor 32)."""
+
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The shape of a decoder. n_kv_head below n_head is grouped-query attention (GQA)."""
+
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    n_embd: int
+    n_hidden: int
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
+            raise ValueError(f"--n_embd must be n_head times an even number; got {self.n_embd} with {self.n_head}")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"--n_head must be a multiple of --n_kv_head; got {self.n_head} and {self.n_kv_head}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+
+class KVCache:
+    """Keys and values of the positions seen so far, preallocated for `max_positions`."""
+
+    def __init__(self, config: LlamaConfig, batch_size: int, max_positions: int, like: Tensor) -> None:
+        """`like` gives dtype and device."""
+        shape = (config.n_layer, 2, batch_size, config.n_kv_head, max_positions, config.head_dim)
+        self.store = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.length, self.max_positions = 0, max_positions
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put k, v (B, H_kv, N, D) behind the `length` positions that are there; returns all of them."""
+        end = self.length + k.shape[2]
+        keys, values = self.store[layer]
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
+        return keys[:, :, :end], values[:, :, :end]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight (arXiv 1910.07467)."""
+
+    def __init__(self, n_embd: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(n_embd)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Rope(nn.Module):
+    """Rotary position embedding (arXiv 2104.09864): the score of two positions depends on their distance."""
+
+    inv_freq: Tensor
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        inv_freq = config.rope_theta ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
+        if config.rope_scaling is not None:
+            inv_freq = _stretch(inv_freq, config.rope_scaling)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+
+    def forward(self, start: int, count: int) -> tuple[Tensor, Tensor]:
+        """cos and sin (count, D) of the positions start, start + 1, ..."""
+        positions = torch.arange(start, start + count, device=self.inv_freq.device)
+        angles = torch.outer(positions.float(), self.inv_freq)
+        angles = torch.cat([angles, angles], dim=-1)  # the two halves of a head turn by the same angles
+        return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn every pair (x[i], x[i + D/2]) of x (B, H, N, D) by its angle."""
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention; H_kv key-value heads serve H query heads."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        kv_width = config.n_kv_head * config.head_dim
+        self.grouped = config.n_kv_head < config.n_head
+        self.q_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.k_proj = nn.Linear(config.n_embd, kv_width, bias=False)
+        self.v_proj = nn.Linear(config.n_embd, kv_width, bias=False)
+        self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        q, k, v = (
+            rearrange(proj(x), "b n (h d) -> b h n d", d=self.head_dim)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        # SDPA aligns is_causal at the top left: right for as many queries as keys, wrong behind a cache.
+        queries, keys = q.shape[2], k.shape[2]
+        mask = None
+        if 1 < queries < keys:
+            mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=queries == keys,
+                                           enable_gqa=self.grouped)
+        return self.o_proj(rearrange(y, "b h n d -> b n (h d)"))
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.n_embd, config.n_hidden, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.n_hidden, bias=False)
+        self.down_proj = nn.Linear(config.n_hidden, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each behind a norm and beside a residual connection."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """The decoder: blocks and a final norm."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.rope = Rope(config)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.apply(self._init)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Hidden states (B, N, C) -> (B, N, C). With a cache, x continues the positions that are in it."""
+        start = 0 if cache is None else cache.length
+        cos, sin = self.rope(start, x.shape[1])
+        for layer in self.layers:
+            x = layer(x, cos, sin, cache)
+        if cache is not None:
+            cache.length += x.shape[1]
+        return self.norm(x)
+
+    def _init(self, module: nn.Module) -> None:
+        # GPT-2's scheme: what writes into the residual stream starts smaller, the more writers there are.
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+        elif isinstance(module, Block):
+            for writer in (module.self_attn.o_proj, module.mlp.down_proj):
+                nn.init.normal_(writer.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+
+
+def _stretch(inv_freq: Tensor, scaling: RopeScaling) -> Tensor:
+    """Slow down the rotations that do not complete in the original context, keep the fast, blend between."""
+    turns = scaling.original_max_positions * inv_freq / (2 * math.pi)
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = blend.clamp(0, 1)
+    return inv_freq * (blend + (1 - blend) / scaling.factor)

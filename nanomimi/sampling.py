@@ -1,0 +1,32 @@
+"""Step 6, logits -> token: temperature, top-k, top-p, and a generator that makes a draw repeatable."""
+
+import torch
+from torch import Tensor
+
+
+def sample(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+           generator: torch.Generator | None = None) -> Tensor:
+    """Draw one class per row: logits (B, V) -> (B,) int64. Temperature 0 takes the most likely one."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probabilities = torch.softmax(logits / temperature, dim=-1)
+    probabilities = keep_top_p(keep_top_k(probabilities, top_k), top_p)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+def keep_top_k(probabilities: Tensor, top_k: int) -> Tensor:
+    """Zero all but the `top_k` largest of every row (0: keep all). Rows need not sum to one afterwards."""
+    if top_k == 0 or top_k >= probabilities.shape[-1]:
+        return probabilities
+    smallest_kept = probabilities.topk(top_k, dim=-1).values[..., -1:]
+    return probabilities.where(probabilities >= smallest_kept, 0)
+
+
+def keep_top_p(probabilities: Tensor, top_p: float) -> Tensor:
+    """Nucleus (arXiv 1904.09751): the fewest classes whose share of the row's sum reaches `top_p`."""
+    if top_p >= 1:
+        return probabilities
+    ordered, order = probabilities.sort(dim=-1, descending=True)
+    share_before = (ordered.cumsum(dim=-1) - ordered) / ordered.sum(dim=-1, keepdim=True)
+    ordered = ordered.where(share_before < top_p, 0)
+    return torch.zeros_like(probabilities).scatter(-1, order, ordered)

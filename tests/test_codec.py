@@ -1,0 +1,221 @@
+import json
+import resource
+import shutil
+import wave
+
+import numpy as np
+import pytest
+import sphn
+import torch
+
+from nanomimi import codec as codec_module
+from nanomimi.codec import Codec, audio_files, loaders, read_audio, read_chunks, resample, write_wav
+from tests.conftest import save_random_mimi, tone
+
+RATE = 24000
+
+
+def noise(samples: int, seed: int = 0) -> torch.Tensor:
+    return 0.1 * torch.randn(1, 1, samples, generator=torch.Generator().manual_seed(seed))
+
+
+def pcm_wav(path, channels: np.ndarray, rate: int) -> None:
+    """16-bit wav of (C, S) by the standard library."""
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(len(channels))
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes((channels.T * 32767).astype("<i2").tobytes())
+
+
+def test_the_frame_is_read_from_the_codec(random_codec):
+    assert (random_codec.sample_rate, random_codec.frame_rate, random_codec.frame_size) == (24000, 12.5, 1920)
+    assert (random_codec.num_codebooks, random_codec.codebook_size) == (6, 15)
+
+
+def test_codes_differ_between_sounds(random_codec):
+    codes = random_codec.encode(torch.cat([noise(19200), noise(19200, seed=1)]))
+    assert all(len(codebook.unique()) > 3 for codebook in codes[0])
+    assert (codes[0] != codes[1]).any()
+
+
+def test_batched_encoding_equals_single_encoding(random_codec):
+    lengths = [1920 * 5, 1920 * 3 + 7, 100, 1]
+    clips = [noise(n, seed=n) for n in lengths]
+    batch = torch.cat([torch.nn.functional.pad(c, (0, max(lengths) - c.shape[-1])) for c in clips])
+    together = random_codec.encode(batch)
+    for row, clip in zip(together, clips):
+        alone = random_codec.encode(clip)[0]
+        assert alone.shape[1] == -(-clip.shape[-1] // 1920)
+        assert torch.equal(row[:, : alone.shape[1]], alone)
+
+
+def test_chunked_encoding_equals_encoding_at_once(random_codec):
+    wav = noise(1920 * 40 + 500)
+    pieces = np.split(wav[0, 0].numpy(), [3, 5000, 5001, 40000])
+    at_once = random_codec.mimi.encode(torch.nn.functional.pad(wav, (0, -wav.shape[-1] % 1920)))
+    assert torch.equal(random_codec.encode_chunks(pieces), at_once[0])
+
+
+def test_long_recordings_are_encoded_and_decoded_piecewise_without_a_difference(random_codec):
+    wav = noise(RATE * 25)
+    padded = torch.nn.functional.pad(wav, (0, -wav.shape[-1] % 1920))
+    codes = random_codec.encode(wav)
+    # Latents agree to 1e-7; a nearest entry can still change where two are equally near.
+    assert (codes != random_codec.mimi.encode(padded)).float().mean() < 0.002
+    torch.testing.assert_close(random_codec.decode(codes), random_codec.mimi.decode(codes), atol=1e-5, rtol=0)
+
+
+def test_fewer_codebooks_give_the_first_codes(random_codec, random_mimi):
+    assert torch.equal(Codec.load(str(random_mimi), 2).encode(noise(9600)), random_codec.encode(noise(9600))[:, :2])
+
+
+def test_a_prefix_of_the_audio_gives_a_prefix_of_the_codes(random_codec):
+    wav = noise(1920 * 6)
+    assert torch.equal(random_codec.encode(wav[..., : 1920 * 4]), random_codec.encode(wav)[..., :4])
+
+
+def test_streaming_decoding_equals_offline_decoding_without_clicks(random_codec):
+    codes = random_codec.encode(noise(1920 * 20))
+    offline = random_codec.decode(codes)[0, 0]
+    streamed = torch.cat(list(random_codec.decode_stream(codes.unbind(2))), dim=1)[0]
+    torch.testing.assert_close(streamed, offline, atol=1e-6, rtol=1e-4)
+    assert list(random_codec.decode_stream([])) == []
+
+
+def test_the_codec_can_be_used_again_after_a_stream_was_abandoned(random_codec):
+    codes = random_codec.encode(noise(1920 * 4))
+    before = random_codec.decode(codes)
+    stream = random_codec.decode_stream(codes.unbind(2))
+    next(stream)
+    stream.close()
+    torch.testing.assert_close(random_codec.decode(codes), before)
+
+
+@pytest.mark.parametrize("codes", [torch.zeros(1, 7, 2), torch.zeros(1, 6, 0), torch.zeros(6, 2),
+                                   torch.full((1, 6, 2), 15), torch.full((1, 6, 2), -1)])
+def test_impossible_codes_are_refused(random_codec, codes):
+    with pytest.raises(ValueError, match="codes must"):
+        random_codec.decode(codes.long())
+
+
+def test_a_full_size_mimi_loads_from_a_file_and_from_the_hub_cache(tmp_path, monkeypatch):
+    path = save_random_mimi(tmp_path / "mimi.safetensors", None)
+    codec = Codec.load(str(path), 32)
+    assert sum(p.numel() for p in codec.mimi.parameters()) > 70e6
+    assert (codec.codebook_size, codec.num_codebooks) == (2048, 32)
+    codes = codec.encode(noise(1920 * 3 + 1))
+    assert codes.shape == (1, 32, 4) and len(codes.unique()) > 20
+    assert codec.decode(codes).shape == (1, 1, 1920 * 4)
+
+    # The hub's cache: refs name the commit of a branch, snapshots hold its files.
+    repo = tmp_path / "hub" / ("models--" + loaders.DEFAULT_REPO.replace("/", "--"))
+    commit = "0" * 40
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    (repo / "snapshots" / commit).mkdir(parents=True)
+    shutil.move(path, repo / "snapshots" / commit / loaders.MIMI_NAME)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    cached = Codec.load("mimi", 8)
+    assert cached.sha256 == codec.sha256
+    assert torch.equal(cached.encode(noise(1920 * 3 + 1)), codes[:, :8])
+
+
+def test_without_network_and_cache_the_three_ways_out_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(FileNotFoundError) as error:
+        Codec.load("mimi", 8)
+    assert all(way in str(error.value) for way in ("network", "--codec PATH.safetensors", "--codec tiny"))
+
+
+def test_files_that_are_not_this_codec_are_refused(random_mimi, tmp_path):
+    with pytest.raises(FileNotFoundError, match="neither"):
+        Codec.load("nowhere.safetensors", 8)
+    with pytest.raises(ValueError, match="must be 1 to 6"):
+        Codec.load(str(random_mimi), 7)
+    shutil.copy(random_mimi, tmp_path / "alone.safetensors")  # without its .json
+    with pytest.raises(ValueError, match="alone.json beside it"):
+        Codec.load(str(tmp_path / "alone.safetensors"), 4)
+    (tmp_path / "text.safetensors").write_text("no weights")
+    with pytest.raises(ValueError, match="does not hold"):
+        Codec.load(str(tmp_path / "text.safetensors"), 4)
+    (tmp_path / "model.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="must be a .safetensors"):
+        Codec.load(str(tmp_path / "model.pt"), 4)
+
+
+def test_every_format_rate_and_channel_count_gives_the_same_sound(tmp_path):
+    expected = tone(2.0, RATE)
+    pcm_wav(tmp_path / "mono8.wav", tone(2.0, 8000)[None], 8000)
+    pcm_wav(tmp_path / "mono44.wav", tone(2.0, 44100)[None], 44100)
+    pcm_wav(tmp_path / "stereo.wav", np.stack([tone(2.0, 16000) * 1.5, tone(2.0, 16000) * 0.5]), 16000)
+    write_wav(tmp_path / "own.wav", expected, RATE)
+    for path in audio_files([tmp_path]):
+        wav = read_audio(path, RATE)
+        assert wav.dtype == np.float32 and abs(len(wav) - len(expected)) <= 1
+        inside = slice(2000, -2000)
+        assert np.abs(wav[: len(expected)] - expected[: len(wav)])[inside].max() < 0.03, path
+    assert len(read_audio(tmp_path / "own.wav", RATE, max_seconds=0.5)) == RATE // 2
+
+
+def test_opus_is_read_at_its_length_and_pitch(tmp_path):
+    sphn.write_opus(str(tmp_path / "a.opus"), tone(2.0, RATE), RATE)
+    wav = read_audio(tmp_path / "a.opus", RATE)
+    assert abs(len(wav) - 2 * RATE) < 1000
+    spectrum = np.abs(np.fft.rfft(wav[: 2 * RATE - 1000]))
+    assert abs(np.fft.rfftfreq(2 * RATE - 1000, 1 / RATE)[spectrum.argmax()] - 440) < 2
+
+
+@pytest.mark.parametrize("source", [8000, 11025, 16000, 22050, 32000, 44100, 48000])
+def test_resampling_keeps_length_and_time(source):
+    out = resample(tone(2.0, source), source, RATE)
+    assert len(out) == 2 * RATE
+    assert np.abs(out - tone(2.0, RATE))[1000:-1000].max() < 0.02
+
+
+def test_a_long_file_read_piece_by_piece_has_no_seams(tmp_path):
+    wav = np.concatenate([tone(13.3, 16000), tone(13.3, 16000, hz=300)])
+    pcm_wav(tmp_path / "long.wav", wav[None], 16000)
+    pieces = list(read_chunks(tmp_path / "long.wav", RATE))
+    assert len(pieces) == 3
+    np.testing.assert_allclose(np.concatenate(pieces), resample(wav, 16000, RATE), atol=2e-4)
+
+
+def test_an_hour_is_read_and_encoded_in_constant_memory(random_codec, tmp_path):
+    minute = (0.1 * np.random.default_rng(0).standard_normal((1, 60 * 8000))).clip(-1, 1)
+    pcm_wav(tmp_path / "minute.wav", minute, 8000)
+    pcm_wav(tmp_path / "hour.wav", np.tile(minute, 60), 8000)
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
+    random_codec.encode_chunks(read_chunks(tmp_path / "minute.wav", RATE))
+    before = peak()
+    length = sum(len(chunk) for chunk in read_chunks(tmp_path / "hour.wav", RATE))
+    assert length == 3600 * RATE
+    random_codec.encode_chunks(chunk for chunk, _ in zip(read_chunks(tmp_path / "hour.wav", RATE), range(30)))
+    assert peak() - before < 100  # an hour at 24 kHz is 330 MiB
+
+
+def test_unreadable_files_say_what_is_wrong(tmp_path):
+    write_wav(tmp_path / "whole.wav", tone(2.0, RATE), RATE)
+    whole = (tmp_path / "whole.wav").read_bytes()
+    (tmp_path / "text.wav").write_text("this is text\n" * 100)
+    (tmp_path / "empty.wav").write_bytes(b"")
+    (tmp_path / "truncated.wav").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.opus").write_text("this is text")
+    (tmp_path / "text.mp3").write_text("this is text")
+    write_wav(tmp_path / "silent.wav", np.zeros(0, np.float32), RATE)
+    for name, message in [("text.wav", "cannot be read"), ("empty.wav", "cannot be read"), ("truncated.wav", "truncated"),
+                          ("text.opus", "cannot be read"), ("text.mp3", "cannot be read"), ("silent.wav", "no samples")]:
+        with pytest.raises(ValueError, match=message) as error:
+            read_audio(tmp_path / name, RATE)
+        assert name in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        read_audio(tmp_path / "missing.wav", RATE)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        audio_files([tmp_path / "nowhere"])
+
+
+def test_the_shape_of_another_mimi_travels_in_its_json(random_mimi):
+    about = json.loads(random_mimi.with_suffix(".json").read_text())
+    assert codec_module.build(about["mimi"]).total_codebooks == 6
