@@ -1,11 +1,11 @@
 """Audio files -> data/NAME: encode with Mimi, flatten, write.
 
-    python prepare.py                                       the bundled digits, with the bundled small Mimi
-    python prepare.py ~/speech --out data/mine              your audio, with Kyutai's Mimi (downloaded once)
-    python prepare.py a.wav more/ --codec tiny --out data/x your audio, offline
+    python prepare.py                               the bundled digits, with the bundled small Mimi
+    python prepare.py ~/speech --out data/mine      your audio, with Kyutai's Mimi (downloaded once)
+    python prepare.py a.wav more/ --codec tiny      your audio, offline
 
-Audio is wav, flac, mp3, ogg or opus of any rate, mono or stereo. A file's group is its parent folder: the speaker
-in most corpora. Files that cannot be read are listed at the end.
+Audio is wav, flac, mp3, ogg or opus of any rate, mono or stereo. A file's group is its parent
+folder: the speaker in most corpora. Files that cannot be read are listed at the end.
 """
 
 import time
@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from nanomimi.codec import Codec, audio_files, read_chunks
+from nanomimi.audio import audio_files, read_chunks
+from nanomimi.codec import Codec
 from nanomimi.config import Config, argument, option, resolve_device, run
 from nanomimi.data import DatasetWriter, Split
 from nanomimi.tiny import digits
@@ -26,11 +27,11 @@ from nanomimi.tiny import digits
 @dataclass(frozen=True)
 class PrepareConfig(Config):
     audio: tuple[Path, ...] = argument("folders or files of audio; none: the bundled digits")
-    out: Path | None = option(None, "data folder; by default data/digits, or data/ and the first input's name")
-    codec: str | None = option(None, "tiny, mimi or a .safetensors file; by default mimi, tiny for the digits")
+    out: Path | None = option(None, "data folder; default: data/ and the first input's name")
+    codec: str | None = option(None, "tiny, mimi or a file; default: mimi, tiny for digits")
     num_codebooks: int = option(8, "codebooks to keep; training can use fewer", at_least=1)
-    val_fraction: float = option(0.1, "share of the files, or groups, held out for validation", above=0, at_most=0.5)
-    split_by: Literal["file", "group"] = option("file", "hold out single files, or whole groups (speakers)")
+    val_fraction: float = option(0.1, "share held out for validation", above=0, at_most=0.5)
+    split_by: Literal["file", "group"] = option("file", "hold out files, or whole speakers")
     hours: float = option(3.0, "hours of counting to compose from the bundled digits", above=0)
     seed: int = option(0, "seed of the split and of the composed digits")
     device: str = option("auto", "auto, cpu or cuda")
@@ -40,21 +41,32 @@ def prepare(config: PrepareConfig) -> None:
     """Write the data folder. Raises ValueError where nothing can be prepared."""
     files = audio_files(config.audio)
     if config.audio and not files:
-        raise ValueError(f"no audio (wav, flac, mp3, ogg, opus) in {', '.join(map(str, config.audio))}")
+        raise ValueError(
+            f"no audio (wav, flac, mp3, ogg, opus) in {', '.join(map(str, config.audio))}"
+        )
     splits = _split(files, config)
-    codec = Codec.load(config.codec or ("mimi" if files else "tiny"), config.num_codebooks,
-                       resolve_device(config.device))
+    codec = Codec.load(
+        config.codec or ("mimi" if files else "tiny"),
+        config.num_codebooks,
+        resolve_device(config.device),
+    )
     start = time.time()
-    out = config.out or Path("data") / (config.audio[0].resolve().stem if config.audio else "digits")
+    out = config.out or Path("data") / (
+        config.audio[0].resolve().stem if config.audio else "digits"
+    )
     with DatasetWriter(out, codec) as writer:
         skipped = _files(files, splits, codec, writer) if files else _digits(config, codec, writer)
         print("\n".join(skipped), end="\n" if skipped else "")
-    print(f"{out}: {writer.utterances['train']} utterances for training, {writer.utterances['val']} for "
-          f"validation, {writer.seconds / 3600:.2f} h in {time.time() - start:.0f} s"
-          + (f"; {len(skipped)} of {len(files)} files skipped" if skipped else ""))
+    print(
+        f"{out}: {writer.utterances['train']} utterances for training, "
+        f"{writer.utterances['val']} for validation, {writer.seconds / 3600:.2f} h in {time.time() - start:.0f} s"
+        + (f"; {len(skipped)} of {len(files)} files skipped" if skipped else "")
+    )
 
 
-def _files(files: list[Path], splits: list[Split], codec: Codec, writer: DatasetWriter) -> list[str]:
+def _files(
+    files: list[Path], splits: list[Split], codec: Codec, writer: DatasetWriter
+) -> list[str]:
     """Encode files; returns a line for each that could not be read."""
     skipped = []
     with tqdm(total=len(files), unit="file") as bar:
@@ -73,7 +85,9 @@ def _digits(config: PrepareConfig, codec: Codec, writer: DatasetWriter) -> list[
     with tqdm(total=round(config.hours * 3600), unit="s") as bar:
         for u in digits.utterances(config.hours, config.val_fraction, config.seed):
             codes = codec.encode(torch.from_numpy(u.wav)[None, None])[0]
-            writer.add(u.split, codes, file=f"{u.voice} {''.join(map(str, u.digits))}", group=u.voice)
+            writer.add(
+                u.split, codes, file=f"{u.voice} {''.join(map(str, u.digits))}", group=u.voice
+            )
             _advance(bar, len(u.wav) / digits.SAMPLE_RATE, writer)
     return []
 
@@ -89,8 +103,10 @@ def _split(files: list[Path], config: PrepareConfig) -> list[Split]:
     units = [f if config.split_by == "file" else f.parent for f in files]
     names = sorted(set(units))
     if len(names) == 1:
-        raise ValueError(f"one {config.split_by} ({names[0]}) cannot be split into training and validation; give "
-                         "at least two" + (" or --split_by file" if config.split_by == "group" else ""))
+        raise ValueError(
+            f"one {config.split_by} ({names[0]}) cannot be split into training and validation; "
+            "give at least two" + (" or --split_by file" if config.split_by == "group" else "")
+        )
     order = np.random.default_rng(config.seed).permutation(len(names))
     held_out = {names[i] for i in order[: max(1, round(config.val_fraction * len(names)))]}
     return ["val" if unit in held_out else "train" for unit in units]

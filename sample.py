@@ -1,15 +1,14 @@
 """runs/NAME (+ a prompt) -> wav files.
 
-    python sample.py                                                        four unconditional samples of runs/digits
-    python sample.py --prompt nanomimi/tiny/digits/bella.ogg                count on in bella's voice
-    python sample.py --run runs/mine --prompt me.wav --prompt_seconds 3 --seconds 20 --num_samples 8 --out samples/me
+    python sample.py                                            four samples of runs/digits
+    python sample.py --prompt nanomimi/tiny/digits/bella.ogg    count on in bella's voice
+    python sample.py --run runs/mine --prompt me.wav --prompt_seconds 3 --seconds 20 --out me
 
-A wav holds the prompt and its continuation, decoded together. It ends where the model draws END, after `seconds`
-of new audio at the latest; `seconds` may exceed the context.
+A wav holds the prompt and its continuation, decoded together. It ends where the model draws END,
+after `seconds` of new audio at the latest; `seconds` may exceed the context.
 """
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nanomimi import checkpoint
-from nanomimi.codec import Codec, read_audio, write_wav
+from nanomimi.audio import read_audio, write_wav
+from nanomimi.codec import Codec
 from nanomimi.config import Config, option, resolve_device, run
 from nanomimi.sampling import sample as draw
 from nanomimi.tokens import separator
@@ -30,13 +30,13 @@ from nanomimi.tokens import separator
 @dataclass(frozen=True)
 class SampleConfig(Config):
     run: Path = option(Path("runs/digits"), "run folder written by train.py")
-    prompt: Path | None = option(None, "audio file to continue; without it samples start from nothing")
+    prompt: Path | None = option(None, "audio file to continue; default: start from nothing")
     prompt_seconds: float = option(3.0, "seconds taken from the start of the prompt", above=0)
     seconds: float = option(10.0, "seconds of new audio at most", above=0)
     num_samples: int = option(4, "samples, made together", at_least=1)
-    temperature: float = option(0.8, "0: always the most likely token; 1: the model's own distribution", at_least=0)
-    top_k: int = option(30, "draw from the k most likely tokens only; 0: from all", at_least=0)
-    top_p: float = option(1.0, "draw from the most likely tokens with this share of probability", above=0, at_most=1)
+    temperature: float = option(0.8, "0: the likeliest token; 1: as the model says", at_least=0)
+    top_k: int = option(30, "draw from the k likeliest tokens; 0: from all", at_least=0)
+    top_p: float = option(1.0, "draw from the likeliest with this share", above=0, at_most=1)
     seed: int = option(0, "seed of the draws")
     codec: str | None = option(None, "where the codec is now, if not where prepare.py found it")
     device: str = option("auto", "auto, cpu or cuda")
@@ -50,8 +50,10 @@ def sample(config: SampleConfig) -> list[Path]:
     meta = about["data"]
     codec = Codec.load(config.codec or meta["codec"], model.num_codebooks, device)
     if codec.sha256 != meta["codec_sha256"]:
-        raise ValueError(f"codec {codec.name} is not the one that {config.run} was trained with (its weights differ); "
-                         "give the right one with --codec PATH")
+        raise ValueError(
+            f"codec {codec.name} is not the one that {config.run} was trained with (its weights "
+            "differ); give the right one with --codec PATH"
+        )
     config.out.mkdir(parents=True, exist_ok=True)
     start = prompt_frames(config, codec, model)
     start_time = time.time()
@@ -79,20 +81,30 @@ def prompt_frames(config: SampleConfig, codec: Codec, model: nn.Module) -> Tenso
         # A frame that the prompt fills only in part would sound as a cut.
         wav = wav[: len(wav) // codec.frame_size * codec.frame_size]
         if not len(wav):
-            raise ValueError(f"{config.prompt} is shorter than one frame, {codec.frame_size / codec.sample_rate} s")
+            raise ValueError(
+                f"{config.prompt} is shorter than one frame ({1 / codec.frame_rate} s)"
+            )
         spoken = codec.encode(rearrange(torch.from_numpy(wav), "s -> 1 1 s"))[0]
         codes = torch.cat([codes, spoken], dim=1)
     if codes.shape[1] > model.max_frames:
-        raise ValueError(f"the prompt has {codes.shape[1] - 1} frames and a separator, more than the model's context of "
-                         f"{model.max_frames}; use --prompt_seconds {(model.max_frames - 1) / codec.frame_rate:.1f}")
+        raise ValueError(
+            f"the prompt has {codes.shape[1] - 1} frames and a separator, more than the model's "
+            f"context of {model.max_frames}; use --prompt_seconds "
+            f"{(model.max_frames - 1) / codec.frame_rate:.1f}"
+        )
     return repeat(codes, "q t -> b q t", b=config.num_samples)
 
 
 def generate(config: SampleConfig, model: nn.Module, start: Tensor) -> Tensor:
-    """(B, Q, T): the prompt without its separator, and what the model makes of it; END where a row is over."""
+    """(B, Q, T): the prompt without its separator and its continuation; END where a row is over."""
     generator = torch.Generator(start.device).manual_seed(config.seed)
-    draw_next = partial(draw, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
-                        generator=generator)
+    draw_next = partial(
+        draw,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        generator=generator,
+    )
     frame_rate = checkpoint.read(config.run)["data"]["frame_rate"]
     num_frames = max(1, round(config.seconds * frame_rate))
     frames = tqdm(model.generate(start, num_frames, draw_next), total=num_frames, unit="frame")

@@ -1,19 +1,19 @@
 """data/NAME -> runs/NAME: train a model on flattened Mimi tokens.
 
-    python train.py                                             the digits: about five minutes on two CPU cores
-    python train.py --data data/mine --out runs/mine --num_codebooks 4 --max_frames 250 --n_layer 12 --n_embd 768
-    torchrun --nproc_per_node 8 train.py --data data/mine ...   the same batches, shared by eight GPUs
+    python train.py                                             the digits, on two CPU cores
+    python train.py --data data/mine --out runs/mine --max_frames 250 --n_layer 12 --n_embd 768
+    torchrun --nproc_per_node 8 train.py --data data/mine ...   the same batches, on eight GPUs
     python train.py --out runs/mine --resume                    go on where the run stopped
 
-A step trains on batch_size x grad_accum windows of max_frames frames, over all processes together. Losses are in
-nats per token; bits per second of audio compare runs of different codecs and numbers of codebooks.
+A step trains on batch_size x grad_accum windows of max_frames frames, over all processes together.
+Losses are in nats per token; bits per second of audio compare runs of different codecs and numbers
+of codebooks.
 """
 
 import contextlib
 import json
 import math
 import os
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,46 +38,49 @@ class TrainConfig(Config):
     max_frames: int = option(128, "context in frames, 80 ms each", at_least=2)
     n_layer: int = option(4, "layers", at_least=1)
     n_head: int = option(4, "attention heads", at_least=1)
-    n_kv_head: int | None = option(None, "key-value heads; by default n_head, fewer for GQA", at_least=1)
+    n_kv_head: int | None = option(None, "key-value heads, default: n_head", at_least=1)
     n_embd: int = option(192, "width", at_least=2)
-    n_hidden: int | None = option(None, "hidden width of the MLP; by default 8/3 n_embd, to a multiple of 64", at_least=1)
+    n_hidden: int | None = option(None, "MLP's width, default: 8/3 n_embd", at_least=1)
     rope_theta: float = option(10000.0, "base of the rotary position embedding", above=1)
     tied: bool = option(False, "let the head share the embedding's weights")
     batch_size: int = option(8, "windows per micro-step, over all processes", at_least=1)
     grad_accum: int = option(1, "micro-steps per step", at_least=1)
     max_steps: int = option(900, "optimizer steps", at_least=1)
     lr: float = option(1e-3, "peak learning rate", above=0)
-    schedule: Literal["cosine", "wsd"] = option("cosine", "after warm-up: cosine to min_lr, or stable, then linear decay")
+    schedule: Literal["cosine", "wsd"] = option("cosine", "cosine, or stable then decay")
     warmup_steps: int = option(50, "steps of linear warm-up", at_least=0)
-    decay_fraction: float = option(0.2, "share of the steps that wsd decays over", above=0, at_most=1)
+    decay_fraction: float = option(0.2, "share of steps that wsd decays", above=0, at_most=1)
     min_lr: float = option(0.1, "final learning rate, as a fraction of lr", at_least=0, at_most=1)
     weight_decay: float = option(0.1, "AdamW's decay, on matrices only", at_least=0)
     grad_clip: float = option(1.0, "largest norm of the gradient", above=0)
     seed: int = option(0, "seed of the weights and of the order of the data")
     device: str = option("auto", "auto, cpu or cuda")
-    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "precision of matrix products; auto: the faster")
+    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "auto: the faster")
     compile: bool | None = option(None, "compile the model; by default on a GPU only")
     log_every: int = option(10, "steps between log lines", at_least=1)
     eval_every: int = option(100, "steps between evaluations", at_least=1)
     eval_windows: int = option(64, "validation windows, the same at every evaluation", at_least=1)
     save_every: int = option(300, "steps between checkpoints", at_least=1)
-    resume: bool = option(False, "go on with the run in --out, with its own settings where no flag says otherwise")
+    resume: bool = option(False, "go on with the run in --out, with its own settings")
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then down to min_lr * lr at the last step, along a cosine or in a straight line at the end."""
+    """Linear warm-up, then down to min_lr * lr at the last step: a cosine, or a line at the end."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, config.max_steps - 1 - config.warmup_steps)
     if config.schedule == "cosine":
         height = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     else:
-        height = min(1.0, (config.max_steps - 1 - step) / max(1, round(config.decay_fraction * config.max_steps)))
+        height = min(
+            1.0,
+            (config.max_steps - 1 - step) / max(1, round(config.decay_fraction * config.max_steps)),
+        )
     return config.lr * (config.min_lr + (1 - config.min_lr) * height)
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
-    """Train until max_steps; returns the last evaluation. Raises ValueError where settings and data disagree."""
+    """Train until max_steps; returns the last evaluation. Raises ValueError for unfit settings."""
     with _processes() as (rank, world_size, local_rank):
         return _train(config, rank, world_size, local_rank)
 
@@ -89,21 +92,31 @@ def _train(config: TrainConfig, rank: int, world_size: int, local_rank: int) -> 
         torch.cuda.set_device(device)
     dtype = resolve_dtype(config.dtype, device)
     if config.batch_size % world_size:
-        raise ValueError(f"--batch_size {config.batch_size} must be a multiple of the {world_size} processes")
+        raise ValueError(
+            f"--batch_size {config.batch_size} must be a multiple of the {world_size} processes"
+        )
     train_set = TokenDataset(config.data, "train", config.num_codebooks)
     val_set = TokenDataset(config.data, "val", config.num_codebooks)
     val_batches = val_set.eval_batches(config.batch_size, config.max_frames, config.eval_windows)
-    train_set.train_batch(0, config.batch_size, config.max_frames, config.seed)  # too little data fails here
+    train_set.train_batch(
+        0, config.batch_size, config.max_frames, config.seed
+    )  # too little data fails here
 
     torch.manual_seed(config.seed)
-    about = {"model": _model(config, train_set.meta), "config": _plain(config), "data": train_set.meta}
+    about = {
+        "model": _model(config, train_set.meta),
+        "config": _plain(config),
+        "data": train_set.meta,
+    }
     model = checkpoint.build(about["model"]).to(device)
     optimizer = _optimizer(model, config)
     start = _start(config, about, model, optimizer)
     log = _Log(config, rank, train_set.meta, start)
-    log.say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {device.type}, "
-            f"{str(dtype).removeprefix('torch.')}, {world_size} process{'es' * (world_size > 1)}, "
-            f"{train_set.meta['splits']['train']['seconds'] / 3600:.2f} h of audio for training")
+    log.say(
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {device.type}, "
+        f"{str(dtype).removeprefix('torch.')}, {world_size} process{'es' * (world_size > 1)}, "
+        f"{train_set.meta['splits']['train']['seconds'] / 3600:.2f} h of audio for training"
+    )
     if config.compile or (config.compile is None and device.type == "cuda"):
         model.compile()
     parallel = DistributedDataParallel(model) if world_size > 1 else model
@@ -115,8 +128,14 @@ def _train(config: TrainConfig, rank: int, world_size: int, local_rank: int) -> 
             group["lr"] = learning_rate(step, config)
         loss = torch.zeros((), device=device)
         for micro in range(config.grad_accum):
-            tokens = train_set.train_batch(step * config.grad_accum + micro, config.batch_size, config.max_frames,
-                                           config.seed, rank, world_size).to(device)
+            tokens = train_set.train_batch(
+                step * config.grad_accum + micro,
+                config.batch_size,
+                config.max_frames,
+                config.seed,
+                rank,
+                world_size,
+            ).to(device)
             last = micro == config.grad_accum - 1
             # Gradients of the processes are averaged once per step, at its last backward pass.
             with contextlib.nullcontext() if last or world_size == 1 else parallel.no_sync():
@@ -141,9 +160,11 @@ def _train(config: TrainConfig, rank: int, world_size: int, local_rank: int) -> 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: list[Tensor], meta: dict[str, Any]) -> dict[str, Any]:
-    """Mean nats per token, per codebook, and bits per second of audio, beside the codec's own rate."""
+    """Mean nats per token and codebook; bits per second of audio beside the codec's own rate."""
     device = next(model.parameters()).device
-    nats = torch.cat([model(tokens.to(device)).float().mean(dim=1) for tokens in batches]).mean(dim=0)
+    nats = torch.cat([model(tokens.to(device)).float().mean(dim=1) for tokens in batches]).mean(
+        dim=0
+    )
     num_codebooks, frame_rate = len(nats), meta["frame_rate"]
     return {
         "nats_per_token": nats.mean().item(),
@@ -154,7 +175,7 @@ def evaluate(model: nn.Module, batches: list[Tensor], meta: dict[str, Any]) -> d
 
 
 class _Log:
-    """Log lines of fixed width on the terminal and in log.jsonl; silent in all processes but the first."""
+    """Lines of fixed width on the terminal, and log.jsonl; silent in all processes but the first."""
 
     def __init__(self, config: TrainConfig, rank: int, meta: dict[str, Any], start: int) -> None:
         self.config, self.rank = config, rank
@@ -177,16 +198,28 @@ class _Log:
         rate = (done - self.last) * self.frames * self.config.num_codebooks / (now - self.since)
         left = (now - self.began) / (done - self.first) * (self.config.max_steps - done)
         self.last, self.since = done, now
-        self.say(f"step {done:6d}/{self.config.max_steps} | loss {loss:6.3f} nats/token | gradient {norm:6.2f} | "
-                 f"lr {lr:.1e} | {rate:9,.0f} tokens/s | {done * self.hours:8.2f} h of audio | "
-                 f"{left // 60:3.0f}:{left % 60:02.0f} left")
-        self._write({"step": done, "loss": loss, "gradient_norm": float(norm), "lr": lr, "tokens_per_second": rate,
-                     "hours_of_audio": done * self.hours})
+        self.say(
+            f"step {done:6d}/{self.config.max_steps} | loss {loss:6.3f} nats/token | "
+            f"gradient {norm:6.2f} | lr {lr:.1e} | {rate:9,.0f} tokens/s | {done * self.hours:8.2f} h of audio | "
+            f"{left // 60:3.0f}:{left % 60:02.0f} left"
+        )
+        self._write(
+            {
+                "step": done,
+                "loss": loss,
+                "gradient_norm": float(norm),
+                "lr": lr,
+                "tokens_per_second": rate,
+                "hours_of_audio": done * self.hours,
+            }
+        )
 
     def evaluation(self, step: int, results: dict[str, Any]) -> None:
         codebooks = " ".join(f"{n:.2f}" for n in results["nats_per_codebook"])
-        self.say(f"     validation | loss {results['nats_per_token']:6.3f} nats/token | per codebook {codebooks} | "
-                 f"{results['bits_per_second']:.0f} bit/s of {results['codec_bits_per_second']:.0f}")
+        self.say(
+            f"     validation | loss {results['nats_per_token']:6.3f} nats/token | "
+            f"per codebook {codebooks} | {results['bits_per_second']:.0f} bit/s of {results['codec_bits_per_second']:.0f}"
+        )
         self._write({"step": step + 1, "validation": results})
         self.since = time.time()  # evaluations do not count as training time
 
@@ -198,7 +231,7 @@ class _Log:
 
 @contextlib.contextmanager
 def _processes():
-    """Rank, number of processes and local rank; joins the group of processes where torchrun made one."""
+    """Rank, number of processes, local rank; joins the processes where torchrun started them."""
     if "RANK" not in os.environ:
         yield 0, 1, 0
         return
@@ -229,7 +262,8 @@ def _model(config: TrainConfig, meta: dict[str, Any]) -> dict[str, Any]:
             "n_head": config.n_head,
             "n_kv_head": config.n_kv_head or config.n_head,
             "n_embd": config.n_embd,
-            # Three matrices of 8/3 n_embd hold as many weights as the two of 4 n_embd of a plain MLP.
+            # Three matrices of 8/3 n_embd hold as many weights as the two of 4 n_embd of a plain
+            # MLP.
             "n_hidden": config.n_hidden or 64 * math.ceil(config.n_embd * 8 / 3 / 64),
             "rope_theta": config.rope_theta,
         },
@@ -238,23 +272,31 @@ def _model(config: TrainConfig, meta: dict[str, Any]) -> dict[str, Any]:
 
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     parameters = list(model.parameters())
-    groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-              {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
 
-def _start(config: TrainConfig, about: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def _start(
+    config: TrainConfig, about: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> int:
     """The step to start at; with --resume, after putting the saved weights and moments in place."""
     if not config.resume:
         if (config.out / "run.json").exists():
-            raise ValueError(f"{config.out} holds a run already; go on with it (--resume), choose another --out, or "
-                             "delete it")
+            raise ValueError(
+                f"{config.out} holds a run already; go on with it (--resume), choose another --out, "
+                "or delete it"
+            )
         return 0
     saved, run = checkpoint.load(config.out, next(model.parameters()).device)
     for part, flag in (("model", "model's shape"), ("data", "data")):
         if run[part] != about[part]:
-            raise ValueError(f"--resume: the {flag} in {config.out}/run.json is not the one asked for; leave out "
-                             "the flags that change it, or start a new run with another --out")
+            raise ValueError(
+                f"--resume: the {flag} in {config.out}/run.json is not the one asked for; leave "
+                "out the flags that change it, or start a new run with another --out"
+            )
     model.load_state_dict(saved.state_dict())
     checkpoint.load_optimizer(config.out, run["step"], model, optimizer)
     return run["step"]

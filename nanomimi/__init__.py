@@ -1,1 +1,34 @@
-"""nanomimi."""
+"""nanomimi: flattened speech language modeling, Mimi tokens and a Llama, to read in one evening.
+
+    wav (B, 1, S)  --Codec.encode-->  codes (B, Q, T)  --flatten-->  tokens (B, T*Q)  -->  train.bin
+    tokens (B, (T+1)*Q)  --FlatLM-->  nats (B, T, Q)           training minimises their mean
+    prompt (B, Q, T)  --FlatLM.generate-->  one frame (B, Q) after another  --Codec.decode-->  wav
+
+Letters, the same in every file: B batch, S samples of audio, T frames of 80 ms, Q codebooks, N flat
+tokens (T*Q), C channels (n_embd), H heads, D dimensions per head, V classes per codebook
+(codebook_size + 1, for END).
+
+Read in this order: audio, codec, tokens, data, llama, flat, sampling, checkpoint, config; then
+prepare.py, train.py and sample.py.
+"""
+
+from nanomimi.codec import Codec
+from nanomimi.data import DatasetWriter, TokenDataset
+from nanomimi.flat import FlatLM
+from nanomimi.llama import KVCache, Llama, LlamaConfig
+from nanomimi.sampling import sample
+from nanomimi.tokens import flatten, separator, unflatten
+
+__all__ = [
+    "Codec",
+    "DatasetWriter",
+    "FlatLM",
+    "KVCache",
+    "Llama",
+    "LlamaConfig",
+    "TokenDataset",
+    "flatten",
+    "sample",
+    "separator",
+    "unflatten",
+]

@@ -28,12 +28,22 @@ def build(model: dict[str, Any]) -> nn.Module:
     if shape.get("rope_scaling") is not None:
         shape["rope_scaling"] = RopeScaling(**shape["rope_scaling"])
     assert model["arch"] == "flat", model["arch"]
-    return FlatLM(LlamaConfig(**shape), model["num_codebooks"], model["codebook_size"], model["max_frames"],
-                  model["tied"])
+    return FlatLM(
+        LlamaConfig(**shape),
+        model["num_codebooks"],
+        model["codebook_size"],
+        model["max_frames"],
+        model["tied"],
+    )
 
 
-def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer,
-         about: dict[str, Any]) -> None:
+def save(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    about: dict[str, Any],
+) -> None:
     """Write a checkpoint. `about` holds what JSON can say of the run: "model", "config", "data"."""
     previous = read(folder)["step"] if (folder / "run.json").exists() else None
     _save_tensors(model.state_dict(), folder / f"model-{step:06d}.safetensors")
@@ -50,7 +60,9 @@ def read(folder: Path) -> dict[str, Any]:
     """run.json. Raises FileNotFoundError or ValueError where the folder is not a run."""
     path = folder / "run.json"
     if not path.exists():
-        raise FileNotFoundError(f"{folder} is not a run (no run.json); run python train.py first, or name another")
+        raise FileNotFoundError(
+            f"{folder} is not a run (no run.json); run python train.py first, or name another"
+        )
     try:
         run = json.loads(path.read_text())
     except json.JSONDecodeError:
@@ -68,7 +80,9 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, d
     return model, run
 
 
-def load_optimizer(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load_optimizer(
+    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
     """Put the moments saved at `step` into a fresh optimizer over the model's parameters."""
     device = next(model.parameters()).device
     moments = _load_tensors(folder / f"optimizer-{step:06d}.safetensors", device)
@@ -79,8 +93,11 @@ def load_optimizer(folder: Path, step: int, model: nn.Module, optimizer: torch.o
 
 
 def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    return {f"{name}.{key}": value for name, parameter in model.named_parameters()
-            for key, value in optimizer.state[parameter].items()}
+    return {
+        f"{name}.{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
 
 
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:

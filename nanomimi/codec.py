@@ -1,20 +1,19 @@
-"""Step 1, wav <-> codes: Mimi, Kyutai's neural codec, through moshi. The only file that imports moshi and sphn.
+"""Step 1, wav <-> codes: Mimi, Kyutai's neural codec. The only file that imports moshi.
 
-Mimi (Moshi, arXiv 2410.00037, section 3.3) turns 80 ms of speech into one frame of Q codes by residual vector
-quantization: codebook 0 is a coarse description, each further one refines what the earlier ones left over.
+Mimi (Moshi, arXiv 2410.00037, section 3.3) turns 80 ms of speech into one frame of Q codes by
+residual vector quantization: codebook 0 is a coarse description, each further one refines what the
+earlier ones left over.
 """
 
 import contextlib
 import copy
-import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import sphn
 import torch
 from einops import rearrange
 from huggingface_hub import hf_hub_download
@@ -23,54 +22,68 @@ from moshi.modules.transformer import StreamingMultiheadAttention
 from safetensors import SafetensorError
 from torch import Tensor
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus")
+from nanomimi.audio import CHUNK_SECONDS
+
 TINY = Path(__file__).parent / "tiny" / "mimi.safetensors"
-CHUNK_SECONDS = 10  # what goes through the codec at once: memory stays constant however long the audio
 
 
 class Codec:
     """Mimi with its first `num_codebooks` codebooks.
 
-    Attributes: name, sha256 (of the weights), sample_rate (Hz), frame_rate (Hz), frame_size (samples),
-    codebook_size, num_codebooks, device.
+    Attributes: name, sha256 (of the weights), sample_rate (Hz), frame_rate (Hz), frame_size
+    (samples), codebook_size, num_codebooks, device.
     """
 
     def __init__(self, mimi: MimiModel, name: str, sha256: str) -> None:
         self.mimi, self.name, self.sha256 = mimi.eval().requires_grad_(False), name, sha256
-        self.sample_rate, self.frame_rate, self.frame_size = mimi.sample_rate, mimi.frame_rate, mimi.frame_size
+        self.sample_rate, self.frame_rate, self.frame_size = (
+            mimi.sample_rate,
+            mimi.frame_rate,
+            mimi.frame_size,
+        )
         self.codebook_size, self.num_codebooks = mimi.cardinality, mimi.num_codebooks
         self.device = next(mimi.parameters()).device
 
     @classmethod
     def load(cls, source: str, num_codebooks: int, device: torch.device | str = "cpu") -> "Codec":
-        """`source`: "tiny" (bundled), "mimi" (Kyutai's weights from the Hugging Face hub) or a .safetensors path.
+        """`source`: "tiny" (bundled), "mimi" (Kyutai's weights from the hub) or a .safetensors path.
 
-        A path may have a .json beside it, as nanomimi.tiny.train_codec writes it, that gives another shape.
-        Raises FileNotFoundError where the weights are not to be had, ValueError where they do not fit.
+        A path may have a .json beside it, as nanomimi.tiny.train_codec writes it, that gives
+        another shape. Raises FileNotFoundError where the weights are not to be had, ValueError
+        where they do not fit.
         """
         path = _weights(source)
         about = path.with_suffix(".json")
-        shape = json.loads(about.read_text())["mimi"] if about.exists() and source != "mimi" else None
+        shape = (
+            json.loads(about.read_text())["mimi"] if about.exists() and source != "mimi" else None
+        )
         total = (shape or loaders._mimi_config)["quantizer"]["n_q"]
         if not 1 <= num_codebooks <= total:
-            raise ValueError(f"--num_codebooks must be 1 to {total} with codec {source}; got {num_codebooks}")
+            raise ValueError(
+                f"--num_codebooks must be 1 to {total} with codec {source}; got {num_codebooks}"
+            )
         try:
             mimi = loaders.get_mimi(path, shape, device, num_codebooks)
         except (RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:120]
-            raise ValueError(f"{path} does not hold the weights of this Mimi ({reason}); a Mimi of another "
-                             f"shape needs {about.name} beside it") from None
+            raise ValueError(
+                f"{path} does not hold the weights of this Mimi ({reason}); a Mimi of another "
+                f"shape needs {about.name} beside it"
+            ) from None
         return cls(mimi, source, hashlib.sha256(path.read_bytes()).hexdigest())
 
     @torch.inference_mode()
     def encode(self, wav: Tensor) -> Tensor:
         """(B, 1, S) float32 in [-1, 1] -> codes (B, Q, T) int64, T = ceil(S / frame_size).
 
-        The last frame is filled up with zeros. Mimi is causal, so clips of a batch may be padded on the right
-        and cut to their own ceil(S / frame_size) afterwards: the codes are those of single clips.
+        The last frame is filled up with zeros. Mimi is causal, so clips of a batch may be padded on
+        the right and cut to their own ceil(S / frame_size) afterwards: the codes are those of
+        single clips.
         """
         if wav.ndim != 3 or wav.shape[1] != 1 or wav.shape[2] == 0:
-            raise ValueError(f"wav must have the shape (B, 1, S) with S > 0; got {tuple(wav.shape)}")
+            raise ValueError(
+                f"wav must have the shape (B, 1, S) with S > 0; got {tuple(wav.shape)}"
+            )
         pieces = torch.split(self._pad(wav), CHUNK_SECONDS * self.sample_rate, dim=2)
         if len(pieces) == 1:
             return self.mimi.encode(pieces[0].to(self.device)).clone()
@@ -79,13 +92,17 @@ class Codec:
 
     @torch.inference_mode()
     def encode_chunks(self, chunks: Iterable[np.ndarray]) -> Tensor:
-        """Consecutive pieces (S,) of one recording -> codes (Q, T); memory does not grow with the recording."""
+        """Consecutive pieces (S,) of one recording -> codes (Q, T), in constant memory."""
         codes, rest = [], np.zeros(0, np.float32)
         with self._streaming(1):
             for chunk in chunks:
                 rest = np.concatenate([rest, chunk])
                 while len(rest) >= self.frame_size:
-                    whole = min(len(rest), CHUNK_SECONDS * self.sample_rate) // self.frame_size * self.frame_size
+                    whole = (
+                        min(len(rest), CHUNK_SECONDS * self.sample_rate)
+                        // self.frame_size
+                        * self.frame_size
+                    )
                     codes.append(self._stream(rest[:whole]))
                     rest = rest[whole:]
             codes += [self._stream(rest)] if len(rest) else []
@@ -105,7 +122,7 @@ class Codec:
 
     @torch.inference_mode()
     def decode_stream(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Frames (B, Q), one after the other -> (B, frame_size) of audio for each, equal to `decode` of all."""
+        """Frames (B, Q), one after the other -> audio (B, frame_size) of each, as `decode` of all."""
         frames = iter(frames)
         first = next(frames, None)
         if first is None:
@@ -122,8 +139,8 @@ class Codec:
     def _streaming(self, batch_size: int) -> Iterator[None]:
         """moshi's streaming, made exact for pieces of up to CHUNK_SECONDS.
 
-        moshi's key-value caches hold the attention's context and no more, so the last positions of a piece
-        overwrite keys that its first ones still need. Here they hold a whole piece besides.
+        moshi's key-value caches hold the attention's context and no more, so the last positions of
+        a piece overwrite keys that its first ones still need. Here they hold a whole piece besides.
         """
         piece = round(CHUNK_SECONDS * self.mimi.encoder_frame_rate)
         with self.mimi.streaming(batch_size):
@@ -132,8 +149,14 @@ class Codec:
                     cache = module._streaming_state.kv_cache
                     _, _, heads, context, head_dim = cache.cache.shape
                     module._streaming_state.kv_cache = type(cache)(
-                        batch_size, heads, head_dim, context + piece, cache.respect_exec_mask,
-                        cache.cache.device, cache.cache.dtype)
+                        batch_size,
+                        heads,
+                        head_dim,
+                        context + piece,
+                        cache.respect_exec_mask,
+                        cache.cache.device,
+                        cache.cache.dtype,
+                    )
             yield
 
     def _pad(self, wav: Tensor) -> Tensor:
@@ -145,11 +168,15 @@ class Codec:
 
     def _check(self, codes: Tensor) -> None:
         if codes.ndim != 3 or not 1 <= codes.shape[1] <= self.num_codebooks or codes.shape[2] == 0:
-            raise ValueError(f"codes must have the shape (B, Q, T), Q from 1 to {self.num_codebooks} and T > 0; "
-                             f"got {tuple(codes.shape)}")
+            raise ValueError(
+                f"codes must have the shape (B, Q, T), Q from 1 to {self.num_codebooks} and T > 0; "
+                f"got {tuple(codes.shape)}"
+            )
         if codes.min() < 0 or codes.max() >= self.codebook_size:
-            raise ValueError(f"codes must lie in 0..{self.codebook_size - 1}; got {int(codes.min())}.."
-                             f"{int(codes.max())} (END, {self.codebook_size}, has no sound: cut it off)")
+            raise ValueError(
+                f"codes must lie in 0..{self.codebook_size - 1}; got {int(codes.min())}.."
+                f"{int(codes.max())} (END, {self.codebook_size}, has no sound: cut it off)"
+            )
 
 
 def moshi_version() -> str:
@@ -158,125 +185,46 @@ def moshi_version() -> str:
 
 
 def build(shape: dict) -> MimiModel:
-    """An untrained Mimi of that shape (see mimi_shape). Its codebooks are zero until training fills them."""
+    """An untrained Mimi of that shape (see mimi_shape); training fills its codebooks, all zero."""
     return loaders.get_mimi(None, shape, num_codebooks=shape["quantizer"]["n_q"])
 
 
-def mimi_shape(*, n_filters: int, dimension: int, n_layer: int, n_head: int, n_hidden: int, context: int,
-               num_codebooks: int, codebook_size: int, codebook_dim: int) -> dict:
-    """moshi's description of a Mimi of another size. The strides stay, and with them sample and frame rate.
+def mimi_shape(
+    *,
+    n_filters: int,
+    dimension: int,
+    n_layer: int,
+    n_head: int,
+    n_hidden: int,
+    context: int,
+    num_codebooks: int,
+    codebook_size: int,
+    codebook_dim: int,
+) -> dict:
+    """moshi's description of a Mimi of another size; its strides, sample and frame rate stay.
 
     Kyutai's own is n_filters 64, dimension 512, n_layer 8, n_head 8, n_hidden 2048, context 250 and
     32 codebooks of 2048 entries in 256 dimensions.
     """
     shape = copy.deepcopy(loaders._mimi_config)
     shape["seanet"].update(n_filters=n_filters, dimension=dimension)
-    shape["transformer"].update(d_model=dimension, input_dimension=dimension, output_dimensions=[dimension],
-                                num_layers=n_layer, num_heads=n_head, dim_feedforward=n_hidden, context=context)
-    shape["quantizer"].update(input_dimension=dimension, output_dimension=dimension, n_q=num_codebooks,
-                              bins=codebook_size, dimension=codebook_dim)
+    shape["transformer"].update(
+        d_model=dimension,
+        input_dimension=dimension,
+        output_dimensions=[dimension],
+        num_layers=n_layer,
+        num_heads=n_head,
+        dim_feedforward=n_hidden,
+        context=context,
+    )
+    shape["quantizer"].update(
+        input_dimension=dimension,
+        output_dimension=dimension,
+        n_q=num_codebooks,
+        bins=codebook_size,
+        dimension=codebook_dim,
+    )
     return shape
-
-
-def audio_files(paths: Iterable[Path]) -> list[Path]:
-    """The audio files below folders, sorted, and the files named themselves. Raises FileNotFoundError."""
-    files: list[Path] = []
-    for path in paths:
-        if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist; give folders or files of audio")
-        inside = (f for f in path.rglob("*") if f.suffix.lower() in AUDIO_SUFFIXES and f.is_file())
-        files += sorted(inside) if path.is_dir() else [path]
-    return list(dict.fromkeys(files))
-
-
-def read_audio(path: Path, sample_rate: int, max_seconds: float | None = None) -> np.ndarray:
-    """The file, or its first `max_seconds`, as mono (S,) float32. Raises as read_chunks does."""
-    needed = None if max_seconds is None else round(max_seconds * sample_rate)
-    pieces, length = [], 0
-    for chunk in read_chunks(path, sample_rate):
-        pieces.append(chunk)
-        length += len(chunk)
-        if needed is not None and length >= needed:
-            break
-    return np.concatenate(pieces)[:needed]
-
-
-def read_chunks(path: Path, sample_rate: int) -> Iterator[np.ndarray]:
-    """The file in pieces (S,) float32 of CHUNK_SECONDS at `sample_rate`, channels averaged.
-
-    wav and flac are read piece by piece; mp3, ogg and opus, which cannot be entered at an exact sample, are
-    held in memory whole. Raises FileNotFoundError, and ValueError where the file is not audio, has no samples
-    or ends before the length that its header announces.
-    """
-    read, length, rate = _open(path)
-    step = CHUNK_SECONDS * rate
-    for start in range(0, length, step):
-        # A second of its neighbours on either side lets the resampler run over the seams of the pieces.
-        before = min(start, rate)
-        wav = resample(read(start - before, start + step + rate), rate, sample_rate)
-        end = -(-min(step, length - start) * sample_rate // rate)
-        yield wav[before * sample_rate // rate :][:end]
-
-
-def resample(wav: np.ndarray, source: int, target: int) -> np.ndarray:
-    """(S,) at `source` Hz -> (ceil(S * target / source),) at `target` Hz, in time with the original."""
-    if source == target:
-        return wav
-    delay = _resampling_delay(source, target)
-    # Enough silence behind the last sample to push it through the resampler.
-    padded = np.pad(wav, (0, delay * source // target + source // 10))
-    return sphn.resample(padded[None], source, target)[0][delay : delay + -(-len(wav) * target // source)]
-
-
-def write_wav(path: Path, wav: np.ndarray, sample_rate: int) -> None:
-    """Write (S,) float32 in [-1, 1] as 16-bit wav."""
-    sphn.write_wav(str(path), np.clip(wav, -1, 1), sample_rate)
-
-
-@functools.cache
-def _resampling_delay(source: int, target: int) -> int:
-    """sphn's resampler answers late, by an amount that depends on the rates: ask it with an impulse."""
-    impulse = np.zeros((1, 2 * source), np.float32)
-    impulse[0, source] = 1
-    return int(np.abs(sphn.resample(impulse, source, target)[0]).argmax()) - target
-
-
-def _open(path: Path) -> tuple[Callable[[int, int], np.ndarray], int, int]:
-    """-> read(start, stop) -> mono (S,), length in samples, sample rate."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    try:
-        if path.suffix.lower() in (".wav", ".flac"):
-            return _open_seekable(path)
-        pcm, rate = sphn.read_opus(str(path)) if path.suffix.lower() == ".opus" else sphn.read(str(path))
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read as audio ({str(error).split(': ', 1)[-1]}); "
-                         f"supported are {', '.join(AUDIO_SUFFIXES)}") from None
-    mono = pcm[0] if len(pcm) == 1 else pcm.mean(axis=0)
-    if not len(mono):
-        raise ValueError(f"{path} has no samples")
-    return lambda start, stop: mono[start:stop], len(mono), rate
-
-
-def _open_seekable(path: Path) -> tuple[Callable[[int, int], np.ndarray], int, int]:
-    reader = sphn.FileReader(str(path))
-    rate, length = reader.sample_rate, round(reader.duration_sec * reader.sample_rate)
-    if not length:
-        raise ValueError("no samples")
-
-    def read(start: int, stop: int) -> np.ndarray:
-        stop = min(stop, length)
-        # Half a sample is added because seconds are rounded down to a sample.
-        try:
-            pcm = reader.decode((start + 0.5) / rate, (stop - start + 0.5) / rate)
-        except ValueError:
-            pcm = np.zeros((1, 0), np.float32)
-        if pcm.shape[1] < stop - start:
-            raise ValueError(f"{path} ends before the {reader.duration_sec:.1f} s that its header announces; "
-                             "it is truncated")
-        return pcm.mean(axis=0)[: stop - start]
-
-    return read, length, rate
 
 
 def _weights(source: str) -> Path:
@@ -287,9 +235,11 @@ def _weights(source: str) -> Path:
             return Path(hf_hub_download(loaders.DEFAULT_REPO, loaders.MIMI_NAME))
         except OSError as error:
             raise FileNotFoundError(
-                f"Mimi's weights ({loaders.MIMI_NAME} of {loaders.DEFAULT_REPO}) are not cached and could not be "
-                f"downloaded ({type(error).__name__}); connect to the network, or give a downloaded file as "
-                "--codec PATH.safetensors, or take the bundled small Mimi with --codec tiny") from None
+                f"Mimi's weights ({loaders.MIMI_NAME} of {loaders.DEFAULT_REPO}) are not cached and "
+                f"could not be downloaded ({type(error).__name__}); connect to the network, or give a "
+                "downloaded file as "
+                "--codec PATH.safetensors, or take the bundled small Mimi with --codec tiny"
+            ) from None
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"--codec {source} is neither tiny nor mimi nor a file")

@@ -6,7 +6,8 @@ A field is one line, with its type, its default and a help text that gives the u
     class TrainConfig(Config):
         lr: float = option(1e-3, "peak learning rate", above=0)
 
-`--lr 3e-4` sets it; `TrainConfig(lr=3e-4)` does the same from Python. Bounds are checked in both cases.
+`--lr 3e-4` sets it; `TrainConfig(lr=3e-4)` does the same from Python. Bounds are checked in both
+cases.
 """
 
 import argparse
@@ -24,21 +25,27 @@ import torch
 C = TypeVar("C", bound="Config")
 
 
-def option(default: Any, help: str, *, at_least: float | None = None, above: float | None = None,
-           at_most: float | None = None) -> Any:
-    """A field that is the flag `--name`; the bounds hold for numbers and are checked at construction."""
+def option(
+    default: Any,
+    help: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+) -> Any:
+    """A field that is the flag `--name`; its bounds are checked at construction."""
     bounds = {"at least": at_least, "above": above, "at most": at_most}
     return field(default=default, metadata={"help": help, "bounds": bounds})
 
 
 def argument(help: str) -> Any:
-    """A field of type `tuple[T, ...]` that collects the positional arguments, of which there may be none."""
+    """A field of type `tuple[T, ...]` that collects the positional arguments, if any."""
     return field(default=(), metadata={"help": help, "positional": True})
 
 
 @dataclass(frozen=True)
 class Config:
-    """Base of the scripts' configurations. Raises ValueError where a number is out of its bounds."""
+    """Base of the scripts' configurations. Raises ValueError where a value is out of bounds."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -49,29 +56,41 @@ class Config:
             for name, bound in f.metadata.get("bounds", {}).items():
                 if bound is None or value is None:
                     continue
-                holds = {"at least": value >= bound, "above": value > bound, "at most": value <= bound}
+                holds = {
+                    "at least": value >= bound,
+                    "above": value > bound,
+                    "at most": value <= bound,
+                }
                 if not holds[name]:
                     raise ValueError(f"--{f.name} must be {name} {bound}; got {value}")
 
 
-def parse(config: type[C], argv: Sequence[str] | None = None, doc: str | None = None,
-          defaults: dict[str, Any] | None = None) -> C:
+def parse(
+    config: type[C],
+    argv: Sequence[str] | None = None,
+    doc: str | None = None,
+    defaults: dict[str, Any] | None = None,
+) -> C:
     """Command line -> configuration.
 
-    `argv` defaults to the process's own arguments, `defaults` replaces the fields' own. Ends the process with status 2 and one line on
-    standard error where a flag is unknown or its value is not of the field's type.
+    `argv` defaults to the process's own arguments, `defaults` replaces the fields' own. Ends the
+    process with status 2 and one line on standard error where a flag is unknown or its value is not
+    of the field's type.
     """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=_HelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=_HelpFormatter, allow_abbrev=False
+    )
     for f in fields(config):
         _add(parser, f)
-    # argparse passes a default that is a string through the flag's type: a path from JSON becomes a Path.
+    # argparse passes a default that is a string through the flag's type: a path from JSON becomes a
+    # Path.
     parser.set_defaults(**defaults or {})
     values = vars(parser.parse_args(argv))
     return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def run(config: type[C], main: Callable[[C], Any], doc: str | None = None) -> None:
-    """A script's last line: parse, call `main`, and print an error that the user can mend as one line."""
+    """A script's last line: parse, call `main`, print an error that the user can mend as a line."""
     try:
         main(parse(config, doc=doc))
     except (ValueError, OSError) as error:
@@ -120,16 +139,22 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the device multiplies it clearly faster than float32, which is measured."""
+    """`auto`: bfloat16 where the device is measured to multiply it clearly faster than float32."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    return torch.bfloat16 if _seconds(torch.float32, device) > 1.3 * _seconds(torch.bfloat16, device) \
+    return (
+        torch.bfloat16
+        if _seconds(torch.float32, device) > 1.3 * _seconds(torch.bfloat16, device)
         else torch.float32
+    )
 
 
 def _seconds(dtype: torch.dtype, device: torch.device) -> float:
     """Best of five products of the shape of a small model's MLP."""
-    a, b = torch.ones(1024, 512, device=device, dtype=dtype), torch.ones(512, 512, device=device, dtype=dtype)
+    a, b = (
+        torch.ones(1024, 512, device=device, dtype=dtype),
+        torch.ones(512, 512, device=device, dtype=dtype),
+    )
     times = []
     for _ in range(6):
         start = time.perf_counter()

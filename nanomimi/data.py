@@ -1,8 +1,9 @@
-"""Step 3, tokens <-> disk: a flat stream of token ids in a memory-mapped file, and the windows cut from it.
+"""Step 3, tokens <-> disk: a flat stream of token ids, mapped from disk, and windows cut from it.
 
-    data/NAME/train.bin, val.bin   separator, utterance, separator, ..., separator: whole frames of token ids
-    data/NAME/meta.json            the contract: what the numbers in the .bin files mean, and their lengths
-    data/NAME/utterances.jsonl     one line per utterance: split, file, group, first_frame, num_frames
+data/NAME/train.bin, val.bin   separator, utterance, separator, ..., separator: whole frames of
+token ids data/NAME/meta.json            the contract: what the numbers in the .bin files mean, and
+their lengths data/NAME/utterances.jsonl     one line per utterance: split, file, group,
+first_frame, num_frames
 """
 
 import json
@@ -23,7 +24,7 @@ SPLITS: tuple[Split, ...] = ("train", "val")
 
 
 class DatasetWriter:
-    """Collects utterances into a data folder. The files take their names only when all of them are complete.
+    """Collects utterances into a data folder, whose files get their names when all are complete.
 
     with DatasetWriter(Path("data/mine"), codec) as writer:
         writer.add("train", codes, file="anna/1.wav", group="anna")
@@ -46,12 +47,18 @@ class DatasetWriter:
 
     def add(self, split: Split, codes: Tensor, file: str, group: str) -> None:
         """Append one utterance, codes (Q, T)."""
-        # In front of it lie all earlier frames, a separator behind each utterance, and the one at the start.
+        # In front of it lie all earlier frames, a separator behind each utterance, and the one at
+        # the start.
         first_frame = self.frames[split] + self.utterances[split] + 1
         self._write(split, codes)
         self._write(split, separator(self.codec.num_codebooks, self.codec.codebook_size))
-        line = {"split": split, "file": file, "group": group, "first_frame": first_frame,
-                "num_frames": codes.shape[1]}
+        line = {
+            "split": split,
+            "file": file,
+            "group": group,
+            "first_frame": first_frame,
+            "num_frames": codes.shape[1],
+        }
         self._index.write(json.dumps(line) + "\n")
         self.frames[split] += codes.shape[1]
         self.utterances[split] += 1
@@ -61,7 +68,9 @@ class DatasetWriter:
         """Seconds of audio so far."""
         return sum(self.frames.values()) / self.codec.frame_rate
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for file in (*self._bins.values(), self._index):
             file.close()
         names = [f"{s}.bin" for s in SPLITS] + ["utterances.jsonl", "meta.json"]
@@ -70,11 +79,14 @@ class DatasetWriter:
             for name in names:
                 self._new(name).unlink(missing_ok=True)
             if kind is None:
-                raise ValueError(f"nothing was prepared: no utterance for {' and '.join(empty)}; give at least "
-                                 "two readable files of audio")
+                raise ValueError(
+                    f"nothing was prepared: no utterance for {' and '.join(empty)}; give at least "
+                    "two readable files of audio"
+                )
             return
         self._new("meta.json").write_text(json.dumps(self._meta(), indent=1) + "\n")
-        # meta.json first goes, last comes: an interrupted replacement is never taken for a data folder.
+        # meta.json first goes, last comes: an interrupted replacement is never taken for a data
+        # folder.
         (self.out / "meta.json").unlink(missing_ok=True)
         for name in names:
             self._new(name).replace(self.out / name)
@@ -91,8 +103,14 @@ class DatasetWriter:
             "frame_rate": codec.frame_rate,
             "sample_rate": codec.sample_rate,
             "dtype": self.dtype.name,
-            "splits": {s: {"utterances": self.utterances[s], "frames": self.frames[s],
-                           "seconds": self.frames[s] / codec.frame_rate} for s in SPLITS},
+            "splits": {
+                s: {
+                    "utterances": self.utterances[s],
+                    "frames": self.frames[s],
+                    "seconds": self.frames[s] / codec.frame_rate,
+                }
+                for s in SPLITS
+            },
         }
 
     def _write(self, split: Split, codes: Tensor) -> None:
@@ -104,7 +122,7 @@ class DatasetWriter:
 
 
 class TokenDataset:
-    """One split of a data folder, seen through its first `num_codebooks` codebooks (0: all of them).
+    """One split of a data folder, seen through its first `num_codebooks` codebooks (0: all).
 
     A window is max_frames + 1 consecutive frames: the first is context, the others are predicted.
     """
@@ -114,13 +132,17 @@ class TokenDataset:
         self.path, self.stored = folder / f"{split}.bin", self.meta["num_codebooks"]
         self.num_codebooks = num_codebooks or self.stored
         if not 1 <= self.num_codebooks <= self.stored:
-            raise ValueError(f"--num_codebooks must be 1 to {self.stored}, as many as {folder} was prepared with; "
-                             f"got {num_codebooks}")
+            raise ValueError(
+                f"--num_codebooks must be 1 to {self.stored}, as {folder} was prepared with; "
+                f"got {num_codebooks}"
+            )
         counts = self.meta["splits"][split]
         self.num_frames = counts["frames"] + counts["utterances"] + 1
         size = self.num_frames * self.stored * np.dtype(self.meta["dtype"]).itemsize
         if not self.path.exists() or self.path.stat().st_size != size:
-            raise ValueError(f"{self.path} does not have the {size} bytes that meta.json announces; prepare it again")
+            raise ValueError(
+                f"{self.path} does not have the {size} bytes that meta.json says; prepare it again"
+            )
 
     def frames(self, start: int, count: int) -> Tensor:
         """Tokens (count * Q,) int64 of `count` frames from frame `start` of the stream on."""
@@ -129,13 +151,20 @@ class TokenDataset:
         tokens = stream[start : start + count, : self.num_codebooks]
         return torch.from_numpy(tokens.astype(np.int64)).flatten()
 
-    def train_batch(self, index: int, batch_size: int, max_frames: int, seed: int, rank: int = 0,
-                    world_size: int = 1) -> Tensor:
+    def train_batch(
+        self,
+        index: int,
+        batch_size: int,
+        max_frames: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Tensor:
         """Rank's share of batch `index`: tokens (batch_size / world_size, (max_frames + 1) * Q).
 
-        A pure function of its arguments, so that a resumed run sees what an uninterrupted one would have seen
-        and several processes see together what one would see alone. Every epoch draws a fresh phase and a
-        fresh order of the windows, and shows each window once.
+        A pure function of its arguments, so that a resumed run sees what an uninterrupted one would
+        have seen and several processes see together what one would see alone. Every epoch draws a
+        fresh phase and a fresh order of the windows, and shows each window once.
         """
         count, slack = self._num_windows(max_frames)
         share = batch_size // world_size
@@ -147,30 +176,37 @@ class TokenDataset:
         return torch.stack([self.frames(s, max_frames + 1) for s in starts])
 
     def eval_batches(self, batch_size: int, max_frames: int, num_windows: int) -> list[Tensor]:
-        """Up to `num_windows` fixed windows, evenly spread, in batches (B, (max_frames + 1) * Q)."""
+        """Up to `num_windows` fixed windows, evenly spread: batches (B, (max_frames + 1) * Q)."""
         self._num_windows(max_frames)
         available = (self.num_frames - 1) // max_frames
         chosen = np.linspace(0, available - 1, min(num_windows, available)).round().astype(int)
         windows = [self.frames(int(w) * max_frames, max_frames + 1) for w in chosen]
-        return [torch.stack(windows[i : i + batch_size]) for i in range(0, len(windows), batch_size)]
+        return [
+            torch.stack(windows[i : i + batch_size]) for i in range(0, len(windows), batch_size)
+        ]
 
     def _num_windows(self, max_frames: int) -> tuple[int, int]:
         """Windows per epoch, and how far all of them can be shifted together."""
         predicted = self.num_frames - 1
         if predicted < max_frames:
-            raise ValueError(f"{self.path} has {self.num_frames} frames, fewer than one window of --max_frames "
-                             f"{max_frames} + 1; lower --max_frames or prepare more audio")
-        # One window fewer than fit, so that the phase can take every value from 0 to max_frames - 1.
+            raise ValueError(
+                f"{self.path} has {self.num_frames} frames, fewer than one window of --max_frames "
+                f"{max_frames} + 1; lower --max_frames or prepare more audio"
+            )
+        # One window fewer than fit, so that the phase can take every value from 0 to max_frames -
+        # 1.
         count = max(1, predicted // max_frames - 1)
         return count, min(max_frames - 1, predicted - count * max_frames)
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """meta.json of a data folder. Raises FileNotFoundError or ValueError where it is not one of ours."""
+    """meta.json of a data folder. Raises FileNotFoundError or ValueError where it is not ours."""
     path = folder / "meta.json"
     if not path.exists():
-        raise FileNotFoundError(f"{folder} is not a prepared data folder (no meta.json); run python prepare.py, "
-                                "or give another --data")
+        raise FileNotFoundError(
+            f"{folder} is not a prepared data folder (no meta.json); run python prepare.py, "
+            "or give another --data"
+        )
     try:
         meta = json.loads(path.read_text())
     except json.JSONDecodeError:

@@ -3,9 +3,10 @@
     tokens     END END END END | 17  5  3 99 | 21  5  8 40 | ...      one position each
     predicts                     17  5  3 99   21  5  8 40            each from everything before it
 
-The codebook of the next token is known from its position, so the head scores only the codebook_size + 1 classes
-of that codebook. The paper used one softmax over the classes of all codebooks; a model that has learned their
-order gives the wrong ones no probability, and the two are then the same distribution.
+The codebook of the next token is known from its position, so the head scores only the codebook_size
++ 1 classes of that codebook. The paper used one softmax over the classes of all codebooks; a model
+that has learned their order gives the wrong ones no probability, and the two are then the same
+distribution.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,17 +23,30 @@ from nanomimi.tokens import flatten
 class FlatLM(nn.Module):
     """Embedding, one Llama, a head per codebook."""
 
-    def __init__(self, config: LlamaConfig, num_codebooks: int, codebook_size: int, max_frames: int,
-                 tied: bool = False) -> None:
-        """`max_frames` is the context of generation in frames; `tied` makes the head share the embedding."""
+    def __init__(
+        self,
+        config: LlamaConfig,
+        num_codebooks: int,
+        codebook_size: int,
+        max_frames: int,
+        tied: bool = False,
+    ) -> None:
+        """`max_frames`: the context of generation; `tied`: the head shares the embedding."""
         super().__init__()
-        self.num_codebooks, self.codebook_size, self.max_frames = num_codebooks, codebook_size, max_frames
+        self.num_codebooks, self.codebook_size, self.max_frames = (
+            num_codebooks,
+            codebook_size,
+            max_frames,
+        )
         num_classes = codebook_size + 1
         self.embedding = nn.Embedding(num_codebooks * num_classes, config.n_embd)
         self.llama = Llama(config)
         nn.init.normal_(self.embedding.weight, std=0.02)
-        self.lm_head = None if tied else nn.Parameter(
-            torch.randn(num_codebooks, num_classes, config.n_embd) * 0.02)
+        self.lm_head = (
+            None
+            if tied
+            else nn.Parameter(torch.randn(num_codebooks, num_classes, config.n_embd) * 0.02)
+        )
 
     @property
     def head(self) -> Tensor:
@@ -42,22 +56,27 @@ class FlatLM(nn.Module):
         return rearrange(self.embedding.weight, "(q v) c -> q v c", q=self.num_codebooks)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens (B, (T + 1) * Q), whole frames -> nats (B, T, Q) of every token after the first frame."""
+        """tokens (B, (T + 1) * Q) -> nats (B, T, Q) of every token after the first frame."""
         q = self.num_codebooks
         hidden = self.llama(self.embedding(tokens[:, :-1]))
         hidden = rearrange(hidden[:, q - 1 :], "b (t q) c -> q (b t) c", q=q)
         logits = einsum(hidden, self.head, "q n c, q v c -> q n v")
         codes = rearrange(tokens[:, q:] % (self.codebook_size + 1), "b (t q) -> (q b t)", q=q)
-        nats = F.cross_entropy(rearrange(logits, "q n v -> (q n) v").float(), codes, reduction="none")
+        nats = F.cross_entropy(
+            rearrange(logits, "q n v -> (q n) v").float(), codes, reduction="none"
+        )
         return rearrange(nats, "(q b t) -> b t q", q=q, b=len(tokens))
 
     @torch.inference_mode()
-    def generate(self, prompt: Tensor, num_frames: int, sample: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
-        """Continue prompt, codes (B, Q, T), with up to `num_frames` frames of codes (B, Q), one at a time.
+    def generate(
+        self, prompt: Tensor, num_frames: int, sample: Callable[[Tensor], Tensor]
+    ) -> Iterator[Tensor]:
+        """Continue prompt, codes (B, Q, T), by up to `num_frames` frames (B, Q), one at a time.
 
-        The prompt's first frame is usually the separator (tokens.separator), alone for unconditional samples.
-        `sample` maps logits (B, V) to codes (B,). A row that draws END is finished: it is END from there on, and
-        generation stops when all rows are. Beyond max_frames the newest half of the context is kept.
+        The prompt's first frame is usually the separator (tokens.separator), alone for
+        unconditional samples. `sample` maps logits (B, V) to codes (B,). A row that draws END is
+        finished: it is END from there on, and generation stops when all rows are. Beyond max_frames
+        the newest half of the context is kept.
         """
         tokens = flatten(prompt, self.codebook_size)
         finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
@@ -72,9 +91,13 @@ class FlatLM(nn.Module):
                 code = self._next_code(hidden, q, finished, sample)
                 finished = finished | (code == self.codebook_size)
                 frame.append(code)
-                hidden = self.llama(self.embedding(rearrange(_token(code, q, self), "b -> b 1")), cache)
+                hidden = self.llama(
+                    self.embedding(rearrange(_token(code, q, self), "b -> b 1")), cache
+                )
             yield torch.stack(frame, dim=1)
-            tokens = torch.cat([tokens, flatten(torch.stack(frame, dim=1)[..., None], self.codebook_size)], dim=1)
+            tokens = torch.cat(
+                [tokens, flatten(torch.stack(frame, dim=1)[..., None], self.codebook_size)], dim=1
+            )
             if finished.all():
                 return
 
@@ -84,7 +107,9 @@ class FlatLM(nn.Module):
         cache = KVCache(self.llama.config, len(tokens), positions, like=self.embedding.weight)
         return cache, self.llama(self.embedding(tokens), cache)
 
-    def _next_code(self, hidden: Tensor, q: int, finished: Tensor, sample: Callable[[Tensor], Tensor]) -> Tensor:
+    def _next_code(
+        self, hidden: Tensor, q: int, finished: Tensor, sample: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         """(B,) codes of codebook q. END is legal as the start of a frame only."""
         logits = (hidden[:, -1] @ self.head[q].T).float()
         if q > 0:

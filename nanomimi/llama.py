@@ -1,8 +1,8 @@
 """Step 4, hidden states -> hidden states: a Llama decoder without a vocabulary.
 
-Embeddings (B, N, C) go in, hidden states (B, N, C) come out; what is embedded and what is predicted is the
-business of flat.py and hierarchical.py. Weights carry the names that Hugging Face gives them below `model.`, and
-RoPE rotates halves as there, so released Llama weights load by name.
+Embeddings (B, N, C) go in, hidden states (B, N, C) come out; what is embedded and what is predicted
+is the business of flat.py and hierarchical.py. Weights carry the names that Hugging Face gives them
+below `model.`, and RoPE rotates halves as there, so released Llama weights load by name.
 """
 
 import math
@@ -39,9 +39,13 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
-            raise ValueError(f"--n_embd must be n_head times an even number; got {self.n_embd} with {self.n_head}")
+            raise ValueError(
+                f"--n_embd must be n_head times an even number; got {self.n_embd}, {self.n_head}"
+            )
         if self.n_head % self.n_kv_head:
-            raise ValueError(f"--n_head must be a multiple of --n_kv_head; got {self.n_head} and {self.n_kv_head}")
+            raise ValueError(
+                f"--n_head must be a multiple of --n_kv_head; got {self.n_head}, {self.n_kv_head}"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -51,14 +55,16 @@ class LlamaConfig:
 class KVCache:
     """Keys and values of the positions seen so far, preallocated for `max_positions`."""
 
-    def __init__(self, config: LlamaConfig, batch_size: int, max_positions: int, like: Tensor) -> None:
+    def __init__(
+        self, config: LlamaConfig, batch_size: int, max_positions: int, like: Tensor
+    ) -> None:
         """`like` gives dtype and device."""
         shape = (config.n_layer, 2, batch_size, config.n_kv_head, max_positions, config.head_dim)
         self.store = torch.empty(shape, dtype=like.dtype, device=like.device)
         self.length, self.max_positions = 0, max_positions
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put k, v (B, H_kv, N, D) behind the `length` positions that are there; returns all of them."""
+        """Put k, v (B, H_kv, N, D) behind the `length` positions that are there; returns all."""
         end = self.length + k.shape[2]
         keys, values = self.store[layer]
         keys[:, :, self.length : end] = k
@@ -78,7 +84,7 @@ class RMSNorm(nn.Module):
 
 
 class Rope(nn.Module):
-    """Rotary position embedding (arXiv 2104.09864): the score of two positions depends on their distance."""
+    """Rotary position embedding (arXiv 2104.09864): scores depend on the distance alone."""
 
     inv_freq: Tensor
 
@@ -93,7 +99,9 @@ class Rope(nn.Module):
         """cos and sin (count, D) of the positions start, start + 1, ..."""
         positions = torch.arange(start, start + count, device=self.inv_freq.device)
         angles = torch.outer(positions.float(), self.inv_freq)
-        angles = torch.cat([angles, angles], dim=-1)  # the two halves of a head turn by the same angles
+        angles = torch.cat(
+            [angles, angles], dim=-1
+        )  # the two halves of a head turn by the same angles
         return angles.cos(), angles.sin()
 
 
@@ -124,13 +132,15 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        # SDPA aligns is_causal at the top left: right for as many queries as keys, wrong behind a cache.
+        # SDPA aligns is_causal at the top left: right for as many queries as keys, wrong behind a
+        # cache.
         queries, keys = q.shape[2], k.shape[2]
         mask = None
         if 1 < queries < keys:
             mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=queries == keys,
-                                           enable_gqa=self.grouped)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=queries == keys, enable_gqa=self.grouped
+        )
         return self.o_proj(rearrange(y, "b h n d -> b n (h d)"))
 
 
@@ -174,7 +184,7 @@ class Llama(nn.Module):
         self.apply(self._init)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Hidden states (B, N, C) -> (B, N, C). With a cache, x continues the positions that are in it."""
+        """Hidden states (B, N, C) -> (B, N, C). With a cache, x continues what is in it."""
         start = 0 if cache is None else cache.length
         cos, sin = self.rope(start, x.shape[1])
         for layer in self.layers:
@@ -184,7 +194,8 @@ class Llama(nn.Module):
         return self.norm(x)
 
     def _init(self, module: nn.Module) -> None:
-        # GPT-2's scheme: what writes into the residual stream starts smaller, the more writers there are.
+        # GPT-2's scheme: what writes into the residual stream starts smaller, the more writers
+        # there are.
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.02)
         elif isinstance(module, Block):
@@ -193,7 +204,7 @@ class Llama(nn.Module):
 
 
 def _stretch(inv_freq: Tensor, scaling: RopeScaling) -> Tensor:
-    """Slow down the rotations that do not complete in the original context, keep the fast, blend between."""
+    """Slow the rotations that the original context does not complete, keep the fast, blend between."""
     turns = scaling.original_max_positions * inv_freq / (2 * math.pi)
     blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     blend = blend.clamp(0, 1)

@@ -1,12 +1,17 @@
-"""Step 6, logits -> token: temperature, top-k, top-p, and a generator that makes a draw repeatable."""
+"""Step 6, logits -> token: temperature, top-k, top-p, and a generator that makes draws repeat."""
 
 import torch
 from torch import Tensor
 
 
-def sample(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-           generator: torch.Generator | None = None) -> Tensor:
-    """Draw one class per row: logits (B, V) -> (B,) int64. Temperature 0 takes the most likely one."""
+def sample(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw one class per row: logits (B, V) -> (B,) int64. Temperature 0 takes the likeliest."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     probabilities = torch.softmax(logits / temperature, dim=-1)
@@ -15,7 +20,7 @@ def sample(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: floa
 
 
 def keep_top_k(probabilities: Tensor, top_k: int) -> Tensor:
-    """Zero all but the `top_k` largest of every row (0: keep all). Rows need not sum to one afterwards."""
+    """Zero all but the `top_k` largest of every row (0: keep all), without normalising."""
     if top_k == 0 or top_k >= probabilities.shape[-1]:
         return probabilities
     smallest_kept = probabilities.topk(top_k, dim=-1).values[..., -1:]
@@ -23,7 +28,7 @@ def keep_top_k(probabilities: Tensor, top_k: int) -> Tensor:
 
 
 def keep_top_p(probabilities: Tensor, top_p: float) -> Tensor:
-    """Nucleus (arXiv 1904.09751): the fewest classes whose share of the row's sum reaches `top_p`."""
+    """Nucleus (arXiv 1904.09751): the fewest classes whose share of a row reaches `top_p`."""
     if top_p >= 1:
         return probabilities
     ordered, order = probabilities.sort(dim=-1, descending=True)

@@ -1,17 +1,17 @@
 """Step 2, codes <-> flat tokens: the idea of Llama-Mimi (arXiv 2509.14882).
 
-Frames follow one another and, inside a frame, codebook follows codebook. A token says which codebook it belongs
-to: token = q * (codebook_size + 1) + code. Two frames of three codebooks with 4 codes each (so 5 classes with
-END):
+Frames follow one another and, inside a frame, codebook follows codebook. A token says which
+codebook it belongs to: token = q * (codebook_size + 1) + code. Two frames of three codebooks with 4
+codes each (so 5 classes with END):
 
     codes (Q=3, T=2)        tokens (N=6)
     q=0   1  3              frame 0        frame 1
     q=1   0  2       ->     1, 5+0, 10+3   3, 5+2, 10+1   =   1, 5, 13, 3, 7, 11
     q=2   3  1
 
-Ids do not depend on Q: dropping the last codebook drops every third token and changes no other. END, the class
-behind the last code, is the same in every codebook. A frame of Q ENDs separates utterances: it is the end of
-one, the start of the next, and the prompt of unconditional generation.
+Ids do not depend on Q: dropping the last codebook drops every third token and changes no other.
+END, the class behind the last code, is the same in every codebook. A frame of Q ENDs separates
+utterances: it is the end of one, the start of the next, and the prompt of unconditional generation.
 """
 
 import torch
@@ -24,7 +24,9 @@ def flatten(codes: Tensor, codebook_size: int) -> Tensor:
     if codes.ndim != 3:
         raise ValueError(f"codes must have the shape (B, Q, T); got {tuple(codes.shape)}")
     if codes.numel() and not 0 <= codes.min() <= codes.max() <= codebook_size:
-        raise ValueError(f"codes must lie in 0..{codebook_size}; got {int(codes.min())}..{int(codes.max())}")
+        raise ValueError(
+            f"codes must lie in 0..{codebook_size}; got {int(codes.min())}..{int(codes.max())}"
+        )
     tokens = codes.long() + _offsets(codes.shape[1], codebook_size, codes.device)
     return rearrange(tokens, "b q t -> b (t q)")
 
@@ -35,12 +37,16 @@ def unflatten(tokens: Tensor, num_codebooks: int, codebook_size: int) -> Tensor:
     Raises ValueError where the tokens are not whole frames, each with its codebooks in order.
     """
     if tokens.ndim != 2 or tokens.shape[1] % num_codebooks:
-        raise ValueError(f"tokens must have the shape (B, T * {num_codebooks}); got {tuple(tokens.shape)}")
+        raise ValueError(
+            f"tokens must have the shape (B, T * {num_codebooks}); got {tuple(tokens.shape)}"
+        )
     codes = rearrange(tokens, "b (t q) -> b q t", q=num_codebooks)
     codes = codes - _offsets(num_codebooks, codebook_size, tokens.device)
     if codes.numel() and not 0 <= codes.min() <= codes.max() <= codebook_size:
-        raise ValueError("the tokens do not start at a frame, or have another number of codebooks than "
-                         f"{num_codebooks}")
+        raise ValueError(
+            "the tokens do not start at a frame, or have another number of codebooks than "
+            f"{num_codebooks}"
+        )
     return codes
 
 

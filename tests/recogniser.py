@@ -1,7 +1,7 @@
 """An ear for the tests: which digits does a wav say, and in which bundled voice?
 
-Segments lie between pauses; a segment is what its nearest bundled clip is, by dynamic time warping (DTW) over
-log-mel frames. It shares no code with the package but the clips.
+Segments lie between pauses; a segment is what its nearest bundled clip is, by dynamic time warping
+(DTW) over log-mel frames. It shares no code with the package but the clips.
 """
 
 from collections.abc import Callable, Sequence
@@ -56,7 +56,7 @@ def segments(wav: np.ndarray, pause: float = 0.1) -> list[np.ndarray]:
 
 
 class Recogniser:
-    """Knows every bundled clip as the codec renders it: `through` maps (S,) to its reconstruction (S,)."""
+    """Knows every clip as the codec renders it: `through` maps (S,) to its reconstruction."""
 
     def __init__(self, through: Callable[[np.ndarray], np.ndarray]) -> None:
         self.labels: list[Label] = []

@@ -20,22 +20,29 @@ def test_flags_become_fields_of_their_types():
     config = parse(Example, ["x", "y/z", "--rate", "0.25", "--count", "3", "--kind", "b", "--fast"])
     assert config == Example((Path("x"), Path("y/z")), 0.25, 3, "b", True)
     assert parse(Example, []) == Example()
-    assert parse(Example, ["--no-fast"], defaults={"fast": True, "rate": 0.75}) == Example(rate=0.75)
+    assert parse(Example, ["--no-fast"], defaults={"fast": True, "rate": 0.75}) == Example(
+        rate=0.75
+    )
 
 
-@pytest.mark.parametrize("values, message", [
-    (dict(rate=0.0), "--rate must be above 0; got 0.0"),
-    (dict(rate=1.5), "--rate must be at most 1; got 1.5"),
-    (dict(count=0), "--count must be at least 1; got 0"),
-    (dict(kind="c"), "--kind must be one of a, b; got 'c'"),
-    (dict(rate=float("nan")), "--rate must be"),
-])
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (dict(rate=0.0), "--rate must be above 0; got 0.0"),
+        (dict(rate=1.5), "--rate must be at most 1; got 1.5"),
+        (dict(count=0), "--count must be at least 1; got 0"),
+        (dict(kind="c"), "--kind must be one of a, b; got 'c'"),
+        (dict(rate=float("nan")), "--rate must be"),
+    ],
+)
 def test_values_out_of_bounds_are_refused_from_python_too(values, message):
     with pytest.raises(ValueError, match=message.replace(".", r"\.")):
         Example(**values)
 
 
-@pytest.mark.parametrize("argv", [["--rate", "fast"], ["--rat", "1"], ["--unknown", "1"], ["--rate", "-1"]])
+@pytest.mark.parametrize(
+    "argv", [["--rate", "fast"], ["--rat", "1"], ["--unknown", "1"], ["--rate", "-1"]]
+)
 def test_a_bad_command_line_ends_with_status_2_and_no_traceback(argv, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["script.py", *argv])
     with pytest.raises(SystemExit) as stop:

@@ -45,11 +45,15 @@ def test_a_window_starts_with_codebook_zero_and_holds_whole_frames(random_data):
 
 def test_an_epoch_predicts_every_frame_at_most_once_and_nearly_all(random_data):
     dataset = TokenDataset(random_data, "train")
-    position = {tuple(codes_of(dataset, i, 2).flatten().tolist()): i for i in range(dataset.num_frames - 1)}
+    position = {
+        tuple(codes_of(dataset, i, 2).flatten().tolist()): i for i in range(dataset.num_frames - 1)
+    }
     count, _ = dataset._num_windows(FRAMES)
     for epoch in range(3):
         windows = dataset.train_batch(epoch, count, FRAMES, seed=4)
-        starts = sorted(position[tuple(unflatten(w[None], 6, 15)[0, :, :2].flatten().tolist())] for w in windows)
+        starts = sorted(
+            position[tuple(unflatten(w[None], 6, 15)[0, :, :2].flatten().tolist())] for w in windows
+        )
         assert set(np.diff(starts)) == {FRAMES}
         assert dataset.num_frames - count * FRAMES < 2 * FRAMES + 1
 
@@ -81,7 +85,14 @@ def test_evaluation_windows_are_fixed_disjoint_and_spread_over_the_split(random_
 
 def test_ids_beyond_sixteen_bits_are_stored_in_thirty_two(random_codec, tmp_path):
     class Large:
-        num_codebooks, codebook_size, frame_rate, sample_rate, name, sha256 = 32, 2048, 12.5, 24000, "mimi", "0"
+        num_codebooks, codebook_size, frame_rate, sample_rate, name, sha256 = (
+            32,
+            2048,
+            12.5,
+            24000,
+            "mimi",
+            "0",
+        )
 
     codes = torch.full((32, 4), 2047)
     with DatasetWriter(tmp_path, Large()) as writer:

@@ -1,7 +1,6 @@
 import math
 from functools import partial
 
-import pytest
 import torch
 import torch.nn.functional as F
 
@@ -96,7 +95,9 @@ def test_generation_goes_on_past_the_context_with_its_newest_half(model):
     assert frames.shape == (1, 3, 12)
     # The cache holds max_frames + 1 = 9 frames: full after 9, it starts anew from the newest 4.
     assert torch.equal(flatten(everything[:, :, :9], END), recompute(model, prompt, 1))
-    assert torch.equal(flatten(everything[:, :, 5:14], END), recompute(model, everything[:, :, 5:9], 5))
+    assert torch.equal(
+        flatten(everything[:, :, 5:14], END), recompute(model, everything[:, :, 5:9], 5)
+    )
 
 
 def test_rows_of_a_batch_do_not_disturb_each_other(model):

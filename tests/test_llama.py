@@ -3,7 +3,16 @@ import math
 import pytest
 import torch
 
-from nanomimi.llama import Attention, KVCache, Llama, LlamaConfig, RMSNorm, Rope, RopeScaling, rotate
+from nanomimi.llama import (
+    Attention,
+    KVCache,
+    Llama,
+    LlamaConfig,
+    RMSNorm,
+    Rope,
+    RopeScaling,
+    rotate,
+)
 
 CONFIG = LlamaConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_hidden=40)
 
@@ -25,7 +34,9 @@ def test_attention_equals_an_explicit_softmax_over_grouped_heads():
         k = rotate(attention.k_proj(x)[0, :, 8 * group : 8 * group + 8], cos, sin)
         v = attention.v_proj(x)[0, :, 8 * group : 8 * group + 8]
         for i in range(6):
-            weights = torch.softmax(torch.stack([q[i] @ k[j] for j in range(i + 1)]) / math.sqrt(8), dim=0)
+            weights = torch.softmax(
+                torch.stack([q[i] @ k[j] for j in range(i + 1)]) / math.sqrt(8), dim=0
+            )
             expected[i, 8 * head : 8 * head + 8] = sum(w * v[j] for j, w in enumerate(weights))
     torch.testing.assert_close(attention(x, cos, sin, None)[0], attention.o_proj(expected))
 
@@ -93,9 +104,20 @@ def test_cached_hidden_states_equal_recomputed_ones(llama, pieces):
 def test_weights_carry_hugging_faces_names():
     names = set(Llama(CONFIG).state_dict())
     assert names == {"norm.weight"} | {
-        f"layers.{i}.{part}.weight" for i in range(2) for part in (
-            "input_layernorm", "post_attention_layernorm", "self_attn.q_proj", "self_attn.k_proj",
-            "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")}
+        f"layers.{i}.{part}.weight"
+        for i in range(2)
+        for part in (
+            "input_layernorm",
+            "post_attention_layernorm",
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "self_attn.o_proj",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+            "mlp.down_proj",
+        )
+    }
 
 
 @pytest.mark.parametrize("change", [dict(n_embd=30), dict(n_embd=36), dict(n_kv_head=3)])

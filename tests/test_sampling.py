@@ -12,16 +12,21 @@ def shares(**settings) -> torch.Tensor:
     return torch.bincount(draws, minlength=4) / len(draws)
 
 
-@pytest.mark.parametrize("settings, expected", [
-    (dict(), [0.5, 0.3, 0.15, 0.05]),
-    (dict(temperature=0.5), [0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365]),
-    (dict(top_k=2), [0.625, 0.375, 0, 0]),
-    (dict(top_p=0.6), [0.625, 0.375, 0, 0]),
-    (dict(top_k=3, top_p=0.5), [1, 0, 0, 0]),
-    (dict(temperature=0), [1, 0, 0, 0]),
-])
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        (dict(), [0.5, 0.3, 0.15, 0.05]),
+        (dict(temperature=0.5), [0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365]),
+        (dict(top_k=2), [0.625, 0.375, 0, 0]),
+        (dict(top_p=0.6), [0.625, 0.375, 0, 0]),
+        (dict(top_k=3, top_p=0.5), [1, 0, 0, 0]),
+        (dict(temperature=0), [1, 0, 0, 0]),
+    ],
+)
 def test_draws_follow_the_shaped_distribution(settings, expected):
-    torch.testing.assert_close(shares(**settings), torch.tensor(expected).float(), atol=0.015, rtol=0)
+    torch.testing.assert_close(
+        shares(**settings), torch.tensor(expected).float(), atol=0.015, rtol=0
+    )
 
 
 def test_the_same_seed_draws_the_same():

@@ -23,20 +23,26 @@ def test_divmod_of_a_token_is_codebook_and_code():
 
 def test_fewer_codebooks_are_a_slice_of_the_columns():
     codes = torch.randint(0, 9, (1, 8, 5))
-    assert torch.equal(flatten(codes, 9).view(1, 5, 8)[:, :, :3].flatten(1), flatten(codes[:, :3], 9))
+    assert torch.equal(
+        flatten(codes, 9).view(1, 5, 8)[:, :, :3].flatten(1), flatten(codes[:, :3], 9)
+    )
 
 
 def test_the_separator_is_one_frame_of_ends():
     assert separator(3, 9).tolist() == [[9], [9], [9]]
 
 
-@pytest.mark.parametrize("tokens", [torch.arange(5)[None], torch.tensor([[10, 0, 20]]), torch.tensor([[0, 10]])])
+@pytest.mark.parametrize(
+    "tokens", [torch.arange(5)[None], torch.tensor([[10, 0, 20]]), torch.tensor([[0, 10]])]
+)
 def test_tokens_off_the_frame_grid_are_refused(tokens):
     with pytest.raises(ValueError):
         unflatten(tokens, 3, 9)
 
 
-@pytest.mark.parametrize("codes", [torch.tensor([[[10]]]), torch.tensor([[[-1]]]), torch.zeros(2, 3).long()])
+@pytest.mark.parametrize(
+    "codes", [torch.tensor([[[10]]]), torch.tensor([[[-1]]]), torch.zeros(2, 3).long()]
+)
 def test_codes_out_of_range_are_refused(codes):
     with pytest.raises(ValueError):
         flatten(codes, 9)

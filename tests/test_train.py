@@ -14,8 +14,23 @@ from nanomimi import checkpoint
 from train import TrainConfig, learning_rate, train
 
 ROOT = Path(__file__).parent.parent
-SMALL = dict(num_codebooks=3, max_frames=8, n_layer=2, n_head=2, n_embd=32, n_hidden=32, batch_size=4, max_steps=12,
-             warmup_steps=2, eval_every=6, eval_windows=4, save_every=6, log_every=3, device="cpu", dtype="float32")
+SMALL = dict(
+    num_codebooks=3,
+    max_frames=8,
+    n_layer=2,
+    n_head=2,
+    n_embd=32,
+    n_hidden=32,
+    batch_size=4,
+    max_steps=12,
+    warmup_steps=2,
+    eval_every=6,
+    eval_windows=4,
+    save_every=6,
+    log_every=3,
+    device="cpu",
+    dtype="float32",
+)
 
 
 @pytest.fixture
@@ -45,20 +60,39 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(config, monkeypat
     with pytest.raises(KeyboardInterrupt):
         train(broken)
     monkeypatch.setattr(checkpoint, "save", checkpoint_save)
-    assert checkpoint.read(broken.out)["step"] == 6 and not same(weights(config.out), weights(broken.out))
+    assert checkpoint.read(broken.out)["step"] == 6 and not same(
+        weights(config.out), weights(broken.out)
+    )
     assert train(replace(broken, resume=True)) == whole
     assert same(weights(config.out), weights(broken.out))
-    steps = [[json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
-             for run in (config.out, broken.out)]
+    steps = [
+        [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
+        for run in (config.out, broken.out)
+    ]
     assert steps[0] == steps[1] == [3, 6, 6, 9, 12, 12]
 
 
 def test_two_processes_train_as_one(config):
     one = train(replace(config, grad_accum=2))
     two = config.out.with_name("two")
-    flags = [f"--{k}={v}" for k, v in {**SMALL, "data": config.data, "out": two, "grad_accum": 2}.items()]
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *flags],
-                   cwd=ROOT, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    flags = [
+        f"--{k}={v}" for k, v in {**SMALL, "data": config.data, "out": two, "grad_accum": 2}.items()
+    ]
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            "train.py",
+            *flags,
+        ],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     a, b = weights(config.out), weights(two)
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=2e-5, rtol=1e-3)
@@ -68,7 +102,9 @@ def test_two_processes_train_as_one(config):
 
 def test_accumulated_micro_steps_equal_one_large_step(config):
     train(replace(config, max_steps=3))
-    train(replace(config, out=config.out.with_name("micro"), max_steps=3, batch_size=2, grad_accum=2))
+    train(
+        replace(config, out=config.out.with_name("micro"), max_steps=3, batch_size=2, grad_accum=2)
+    )
     a, b = weights(config.out), weights(config.out.with_name("micro"))
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=2e-5, rtol=1e-3)
@@ -77,9 +113,15 @@ def test_accumulated_micro_steps_equal_one_large_step(config):
 def test_training_learns_and_reports_in_the_stated_units(config, capsys):
     results = train(replace(config, max_steps=60, lr=3e-3))
     per_token = results["nats_per_token"]
-    assert per_token < torch.tensor(16.0).log()  # separators can be learned even where codes are random
-    assert results["bits_per_second"] == pytest.approx(per_token * 3 / torch.tensor(2.0).log().item() * 12.5, rel=1e-5)
-    assert results["codec_bits_per_second"] == pytest.approx(3 * torch.tensor(15.0).log2().item() * 12.5, rel=1e-5)
+    assert (
+        per_token < torch.tensor(16.0).log()
+    )  # separators can be learned even where codes are random
+    assert results["bits_per_second"] == pytest.approx(
+        per_token * 3 / torch.tensor(2.0).log().item() * 12.5, rel=1e-5
+    )
+    assert results["codec_bits_per_second"] == pytest.approx(
+        3 * torch.tensor(15.0).log2().item() * 12.5, rel=1e-5
+    )
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
     assert len({len(line) for line in lines}) == 1 and all("nats/token" in line for line in lines)
     hours = float(re.search(r"([\d.]+) h of audio", lines[-1]).group(1))
@@ -89,9 +131,17 @@ def test_training_learns_and_reports_in_the_stated_units(config, capsys):
 def test_a_run_is_one_complete_checkpoint_at_any_time(config):
     train(config)
     names = sorted(path.name for path in config.out.iterdir())
-    assert names == ["log.jsonl", "model-000012.safetensors", "optimizer-000012.safetensors", "run.json"]
+    assert names == [
+        "log.jsonl",
+        "model-000012.safetensors",
+        "optimizer-000012.safetensors",
+        "run.json",
+    ]
     model, run = checkpoint.load(config.out)
-    assert run["step"] == 12 and run["data"]["codec"] == json.loads((config.data / "meta.json").read_text())["codec"]
+    assert (
+        run["step"] == 12
+        and run["data"]["codec"] == json.loads((config.data / "meta.json").read_text())["codec"]
+    )
     assert same(model.state_dict(), weights(config.out))
 
 
@@ -107,7 +157,9 @@ def test_a_run_is_neither_overwritten_nor_resumed_as_another(config):
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
 def test_the_learning_rate_warms_up_and_ends_at_its_minimum(schedule):
-    config = TrainConfig(schedule=schedule, lr=1.0, warmup_steps=10, max_steps=110, min_lr=0.1, decay_fraction=0.2)
+    config = TrainConfig(
+        schedule=schedule, lr=1.0, warmup_steps=10, max_steps=110, min_lr=0.1, decay_fraction=0.2
+    )
     rates = [learning_rate(step, config) for step in range(110)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert max(rates) == pytest.approx(1.0) and rates[-1] == pytest.approx(0.1)

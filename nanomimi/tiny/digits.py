@@ -1,8 +1,9 @@
-"""Voices that count: utterances composed from the bundled clips, hours of them, the same in every run.
+"""Voices that count: hours of utterances composed from the bundled clips, the same in every run.
 
-An utterance is one voice that counts upwards modulo ten from a random digit, 4 to 8 digits long. What
-varies from one to the next is the take of every digit, the pauses and the loudness. What decides about
-training or validation is its sequence: a voice that says 7 8 9 0 in validation never says it in training.
+An utterance is one voice that counts upwards modulo ten from a random digit, 4 to 8 digits long.
+What varies from one to the next is the take of every digit, the pauses and the loudness. What
+decides about training or validation is its sequence: a voice that says 7 8 9 0 in validation never
+says it in training.
 """
 
 import csv
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanomimi.codec import read_audio
+from nanomimi.audio import read_audio
 
 FOLDER = Path(__file__).parent / "digits"
 SAMPLE_RATE = 24000  # of the clips, and the unit of index.csv

@@ -1,12 +1,14 @@
 """Train a Mimi: python -m nanomimi.tiny.train_codec [FOLDER_OR_FILE ...] --out runs/codec
 
-With no arguments: the small Mimi that is bundled as mimi.safetensors, on the bundled digits. With folders
-or files: a Mimi of any size on your own audio; `--codec runs/codec/mimi.safetensors` then uses it.
+With no arguments: the small Mimi that is bundled as mimi.safetensors, on the bundled digits. With
+folders or files: a Mimi of any size on your own audio; `--codec runs/codec/mimi.safetensors` then
+uses it.
 
-The model is moshi's own. The loss is the L1 distance of log-mel spectrograms at five scales, a little of the
-waveform's own, and the quantizer's commitment penalty. Kyutai's Mimi was trained with discriminators instead
-of a spectral loss and with a distilled semantic codebook (Moshi, arXiv 2410.00037, section 3.3); neither is
-here, so speech is intelligible and slightly metallic, and codebook 0 is not semantic.
+The model is moshi's own. The loss is the L1 distance of log-mel spectrograms at five scales, a
+little of the waveform's own, and the quantizer's commitment penalty. Kyutai's Mimi was trained with
+discriminators instead of a spectral loss and with a distilled semantic codebook (Moshi, arXiv
+2410.00037, section 3.3); neither is here, so speech is intelligible and slightly metallic, and
+codebook 0 is not semantic.
 """
 
 import json
@@ -19,16 +21,22 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from moshi.models import MimiModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nanomimi.codec import audio_files, build, mimi_shape, read_audio, resample
+from nanomimi.audio import audio_files, read_audio, resample
+from nanomimi.codec import MimiModel, build, mimi_shape
 from nanomimi.config import Config, argument, option, resolve_device, run
 from nanomimi.tiny import digits
 
-MEL_SCALES = ((2048, 80), (1024, 64), (512, 40), (256, 32), (128, 20))  # (window in samples, mel bands)
+MEL_SCALES = (
+    (2048, 80),
+    (1024, 64),
+    (512, 40),
+    (256, 32),
+    (128, 20),
+)  # (window in samples, mel bands)
 FLOOR = 3e-4  # of a mel band's mean amplitude, about -70 dB: what is below it is silence
 
 
@@ -42,10 +50,10 @@ class CodecConfig(Config):
     n_head: int = option(4, "attention heads", at_least=1)
     n_hidden: int = option(512, "hidden width of the transformers' MLP", at_least=1)
     context: int = option(24, "reach of the transformers' attention, 40 ms each", at_least=1)
-    num_codebooks: int = option(8, "codebooks, the first of which has its own projection", at_least=2)
+    num_codebooks: int = option(8, "codebooks; the first stands apart", at_least=2)
     codebook_size: int = option(256, "entries per codebook", at_least=2)
     codebook_dim: int = option(64, "dimension of an entry", at_least=1)
-    minutes: float = option(60.0, "minutes of audio held in memory, drawn anew from the source", above=0)
+    minutes: float = option(60.0, "minutes of audio held in memory", above=0)
     batch_size: int = option(8, "crops per step", at_least=1)
     frames: int = option(12, "frames per crop, 80 ms each", at_least=1)
     max_steps: int = option(9000, "optimizer steps", at_least=1)
@@ -59,7 +67,7 @@ class CodecConfig(Config):
 
 
 def log_mels(wav: Tensor) -> Iterator[Tensor]:
-    """(B, S) -> per scale (B, bands, windows): log mean amplitude per mel band, floored at FLOOR."""
+    """(B, S) -> per scale (B, bands, windows): log mean amplitude of the mel bands."""
     for window_size, bands in MEL_SCALES:
         window = torch.hann_window(window_size, device=wav.device)
         stft = torch.stft(wav, window_size, window_size // 4, window=window, return_complex=True)
@@ -92,7 +100,7 @@ def _mel_weights(window_size: int, bands: int) -> Tensor:
 
 
 def counting(minutes: float, seed: int) -> Tensor:
-    """(S,) float32: counting and shuffled digits in equal parts, half of it at another speed and pitch."""
+    """(S,) float32: counting and shuffled digits in equal parts, half at another speed and pitch."""
     rng, clips, wavs, seconds = np.random.default_rng(seed), digits.load_clips(), [], 0.0
     counted = (u for u in digits.utterances(math.inf, 0.1, seed) if u.split == "train")
     while seconds < minutes * 60:
@@ -109,7 +117,7 @@ def counting(minutes: float, seed: int) -> Tensor:
 
 
 def from_files(paths: tuple[Path, ...], minutes: float, seed: int) -> Tensor:
-    """(S,) float32: files in random order until `minutes` are full. Raises ValueError where there is none."""
+    """(S,) float32: files in random order until `minutes` are full, or ValueError."""
     files, wavs, seconds = list(audio_files(paths)), [], 0.0
     np.random.default_rng(seed).shuffle(files)
     for file in files:
@@ -118,21 +126,25 @@ def from_files(paths: tuple[Path, ...], minutes: float, seed: int) -> Tensor:
         if seconds > minutes * 60:
             break
     if not wavs:
-        raise ValueError(f"no audio in {', '.join(map(str, paths))}; give folders or files of speech")
+        raise ValueError(
+            f"no audio in {', '.join(map(str, paths))}; give folders or files of speech"
+        )
     return torch.cat(wavs)
 
 
 def crops(wav: Tensor, count: int, size: int, rng: np.random.Generator) -> Tensor:
     """(count, 1, size) random pieces of wav (S,)."""
     if len(wav) <= size:
-        raise ValueError(f"{len(wav)} samples of audio are less than one crop of {size}; lower --frames")
+        raise ValueError(
+            f"{len(wav)} samples of audio are less than one crop of {size}; lower --frames"
+        )
     starts = rng.integers(0, len(wav) - size, count)
     return torch.stack([wav[s : s + size] for s in starts])[:, None]
 
 
 @torch.no_grad()
 def initialise(mimi: MimiModel) -> None:
-    """Convolutions that keep the variance: torch's default loses a factor of three in each of some 30 layers."""
+    """Convolutions that keep the variance: torch's default loses a factor of three in each."""
     for module in mimi.modules():
         if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
             fan_in = module.in_channels * module.kernel_size[0] / module.groups
@@ -146,7 +158,8 @@ def initialise(mimi: MimiModel) -> None:
 def reconstruct(mimi: MimiModel, wav: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """(B, 1, S) -> its reconstruction (B, 1, S), the codes (B, Q, T) and the commitment penalty.
 
-    moshi's own forward pass, with the quantizer kept in float32: distances to codebook entries need it.
+    moshi's own forward pass, with the quantizer kept in float32: distances to codebook entries need
+    it.
     """
     with torch.autocast(wav.device.type, dtype, enabled=dtype != torch.float32):
         latent = mimi.encode_to_latent(wav, quantize=False)
@@ -159,7 +172,7 @@ def reconstruct(mimi: MimiModel, wav: Tensor, dtype: torch.dtype) -> tuple[Tenso
 
 @torch.no_grad()
 def evaluate(mimi: MimiModel, wav: Tensor, num_codebooks: int) -> dict[str, list[float]]:
-    """Mel distance with 1, 2, 4, ... codebooks, and the effective share of every codebook's entries.
+    """Mel distance with 1, 2, 4, ... codebooks, and the effective share of each one's entries.
 
     The effective share is exp(entropy) / codebook_size: 1 where all entries are used equally often.
     """
@@ -177,7 +190,9 @@ def evaluate(mimi: MimiModel, wav: Tensor, num_codebooks: int) -> dict[str, list
     return {"mel_distance": distances, "usage": usage}
 
 
-def save(mimi: MimiModel, optimizer: torch.optim.Optimizer, step: int, out: Path, about: dict) -> None:
+def save(
+    mimi: MimiModel, optimizer: torch.optim.Optimizer, step: int, out: Path, about: dict
+) -> None:
     """Write mimi.safetensors (float16) and mimi.json for the codec, training.pt to go on from."""
     weights = {k: v.half().contiguous() for k, v in mimi.state_dict().items()}
     save_file(weights, out / "mimi.safetensors.tmp")
@@ -199,14 +214,22 @@ def learning_rate(step: int, config: CodecConfig) -> float:
 def train(config: CodecConfig) -> dict:
     """Train, with a checkpoint every `save_every` steps; returns what mimi.json says."""
     device = resolve_device(config.device)
-    # On the CPU oneDNN's bfloat16 convolutions are out: torch 2.9 with AMX computes the one with 16 to 32
-    # channels, kernel 8 and stride 4 wrongly (relative error above one), and training diverges.
+    # On the CPU oneDNN's bfloat16 convolutions are out: torch 2.9 with AMX computes the one with 16
+    # to 32 channels, kernel 8 and stride 4 wrongly (relative error above one), and training
+    # diverges.
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(config.seed)
-    shape = mimi_shape(n_filters=config.n_filters, dimension=config.dimension, n_layer=config.n_layer,
-                       n_head=config.n_head, n_hidden=config.n_hidden, context=config.context,
-                       num_codebooks=config.num_codebooks, codebook_size=config.codebook_size,
-                       codebook_dim=config.codebook_dim)
+    shape = mimi_shape(
+        n_filters=config.n_filters,
+        dimension=config.dimension,
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        n_hidden=config.n_hidden,
+        context=config.context,
+        num_codebooks=config.num_codebooks,
+        codebook_size=config.codebook_size,
+        codebook_dim=config.codebook_dim,
+    )
     mimi = build(shape).to(device).train()
     initialise(mimi)
     optimizer = torch.optim.AdamW(mimi.parameters(), lr=config.lr, betas=(0.8, 0.99), fused=True)
@@ -219,17 +242,26 @@ def train(config: CodecConfig) -> dict:
         start = state["step"]
 
     source = lambda minutes, seed: (
-        from_files(config.audio, minutes, seed) if config.audio else counting(minutes, seed))
+        from_files(config.audio, minutes, seed) if config.audio else counting(minutes, seed)
+    )
     pool = source(config.minutes, config.seed)
     size = config.frames * mimi.frame_size
     held_out = crops(source(1.0, config.seed + 1), 32, size, np.random.default_rng(0)).to(device)
     began, about = time.time(), {}
-    progress = tqdm(range(start, config.max_steps), initial=start, total=config.max_steps, unit="step")
+    progress = tqdm(
+        range(start, config.max_steps), initial=start, total=config.max_steps, unit="step"
+    )
     for step in progress:
-        # One stream per step, so that a resumed run draws what an uninterrupted one would have drawn.
+        # One stream per step, so that a resumed run draws what an uninterrupted one would have
+        # drawn.
         rng = np.random.default_rng((config.seed, step))
-        # Half of the steps use all codebooks, the others 1..Q: few codebooks must be intelligible too.
-        q = config.num_codebooks if rng.random() < 0.5 else int(rng.integers(1, config.num_codebooks + 1))
+        # Half of the steps use all codebooks, the others 1..Q: few codebooks must be intelligible
+        # too.
+        q = (
+            config.num_codebooks
+            if rng.random() < 0.5
+            else int(rng.integers(1, config.num_codebooks + 1))
+        )
         mimi.set_num_codebooks(q)
         for rvq in (mimi.quantizer.rvq_first, mimi.quantizer.rvq_rest):
             rvq.no_quantization_rate = max(0.0, 1 - step / config.plain_steps)
@@ -249,9 +281,16 @@ def train(config: CodecConfig) -> dict:
             progress.set_postfix(mel=f"{distance.item():.3f}", penalty=f"{penalty.item():.3f}", q=q)
         if (step + 1) % config.save_every == 0 or step + 1 == config.max_steps:
             numbers = evaluate(mimi, held_out, config.num_codebooks)
-            tqdm.write(f"step {step + 1}: mel distance {numbers['mel_distance']}, usage {numbers['usage']}")
-            about = {"mimi": shape, "num_codebooks": config.num_codebooks, "step": step + 1, **numbers,
-                     "seconds": round(time.time() - began)}
+            tqdm.write(
+                f"step {step + 1}: mel distance {numbers['mel_distance']}, usage {numbers['usage']}"
+            )
+            about = {
+                "mimi": shape,
+                "num_codebooks": config.num_codebooks,
+                "step": step + 1,
+                **numbers,
+                "seconds": round(time.time() - began),
+            }
             save(mimi, optimizer, step + 1, config.out, about)
     return about
 

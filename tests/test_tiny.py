@@ -1,0 +1,148 @@
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nanomimi.codec import TINY, Codec
+from nanomimi.tiny import digits, train_codec
+from nanomimi.tiny.train_codec import CodecConfig, mel_distance
+from tests.recogniser import dtw, log_mel, segments
+
+
+def test_the_bundled_files_are_as_small_as_promised():
+    size = lambda folder, pattern: sum(path.stat().st_size for path in folder.glob(pattern))
+    assert size(digits.FOLDER, "*") < 2.5e6
+    assert size(TINY.parent, "mimi.*") < 6e6
+
+
+def test_ten_voices_say_ten_digits_three_times_and_differ_in_pitch():
+    voices = digits.load_clips()
+    assert len(voices) == 10
+    pitches = []
+    for takes in voices.values():
+        assert [len(take) for take in takes] == [10, 10, 10]
+        for clip in (clip for take in takes for clip in take):
+            assert 0.2 < len(clip) / digits.SAMPLE_RATE < 1.0 and 0.5 < np.abs(clip).max() < 0.8
+        pitches.append(pitch(takes[1][9]))
+    assert min(pitches) < 80 and max(pitches) > 300 and len({round(p / 5) for p in pitches}) >= 8
+
+
+def pitch(clip: np.ndarray) -> float:
+    """Hz, from the highest peak of the autocorrelation around the loudest sample."""
+    middle = np.clip(int(np.abs(clip).argmax()), 1024, len(clip) - 1024)
+    piece = clip[middle - 1024 : middle + 1024]
+    correlation = np.correlate(piece, piece, "full")[2047:]
+    lags = slice(digits.SAMPLE_RATE // 450, digits.SAMPLE_RATE // 60)
+    return digits.SAMPLE_RATE / (lags.start + int(correlation[lags].argmax()))
+
+
+def test_utterances_count_upwards_modulo_ten_and_repeat_with_the_seed():
+    made = list(digits.utterances(0.02, 0.1, seed=3))
+    for u in made:
+        assert 4 <= len(u.digits) <= 8
+        assert all(b == (a + 1) % 10 for a, b in zip(u.digits, u.digits[1:]))
+    again = list(digits.utterances(0.02, 0.1, seed=3))
+    assert all(a.digits == b.digits and np.array_equal(a.wav, b.wav) for a, b in zip(made, again))
+    assert 72 < sum(len(u.wav) for u in made) / digits.SAMPLE_RATE < 72 + 8
+
+
+def test_what_a_voice_says_in_validation_it_never_says_in_training():
+    said = {"train": set(), "val": set()}
+    for u in digits.utterances(1.0, 0.1, seed=0):
+        said[u.split].add((u.voice, u.digits))
+    assert (
+        25 < len(said["val"]) <= 50 and len(said["train"]) > 300
+    )  # a tenth of ten voices, starts and five lengths
+    assert not said["val"] & said["train"]
+
+
+def resynthesis(
+    codec: Codec, clips: list[list[np.ndarray]], rng: np.random.Generator
+) -> list[tuple[int, np.ndarray]]:
+    """The ten digits of a voice in random order and takes, through the codec: (digit, sound)."""
+    order, pieces, places, length = rng.permutation(10), [], [], 0
+    for digit in order:
+        clip = clips[rng.integers(3)][digit]
+        pause = np.zeros(int(rng.uniform(0.1, 0.3) * digits.SAMPLE_RATE), np.float32)
+        places.append((int(digit), length + len(pause), length + len(pause) + len(clip)))
+        pieces += [pause, clip]
+        length += len(pause) + len(clip)
+    wav = torch.from_numpy(np.concatenate(pieces))[None, None]
+    out = codec.decode(codec.encode(0.7 * wav))[0, 0].numpy()
+    return [(digit, out[start:end]) for digit, start, end in places]
+
+
+@pytest.mark.parametrize("num_codebooks, floor", [(8, 0.97), (4, 0.93)])
+def test_a_digit_sounds_most_like_itself_after_the_bundled_codec(num_codebooks, floor):
+    codec, rng, right = Codec.load("tiny", num_codebooks), np.random.default_rng(11), []
+    for clips in digits.load_clips().values():
+        originals = [
+            log_mel(clip) for take in clips for clip in take
+        ]  # digit i at i, i + 10, i + 20
+        for digit, piece in resynthesis(codec, clips, rng):
+            right.append(int(dtw(log_mel(piece), originals).argmin()) % 10 == digit)
+    assert np.mean(right) >= floor
+
+
+def test_every_codebook_is_used_and_more_codebooks_are_nearer():
+    codec = Codec.load("tiny", 8)
+    wav = np.concatenate([u.wav for u in digits.utterances(0.02, 0.5, seed=5)])[
+        : 60 * digits.SAMPLE_RATE
+    ]
+    wav = torch.from_numpy(wav)[None, None]
+    codes = codec.encode(wav)
+    assert all(len(codebook.unique()) > 0.3 * codec.codebook_size for codebook in codes[0])
+    distances = [
+        mel_distance(codec.decode(codes[:, :q])[0, :, : wav.shape[-1]], wav[0]).item()
+        for q in (1, 2, 4, 8)
+    ]
+    assert distances == sorted(distances, reverse=True)
+
+
+def test_segments_are_the_digits_between_pauses():
+    u = next(digits.utterances(0.01, 0.1, seed=1))
+    assert len(segments(u.wav)) == len(u.digits)
+
+
+def test_a_codec_is_trained_saved_resumed_and_loaded(tmp_path):
+    small = dict(
+        out=tmp_path,
+        n_filters=2,
+        dimension=16,
+        n_layer=1,
+        n_head=2,
+        n_hidden=16,
+        num_codebooks=3,
+        codebook_size=8,
+        codebook_dim=8,
+        minutes=0.2,
+        batch_size=2,
+        frames=6,
+        save_every=4,
+        plain_steps=2,
+        device="cpu",
+    )
+    train_codec.train(CodecConfig(**small, max_steps=4))
+    about = train_codec.train(CodecConfig(**small, max_steps=8, resume=True))
+    assert (
+        about["step"] == 8 and set(about["mel_distance"]) == {1, 2, 3} and len(about["usage"]) == 3
+    )
+    codec = Codec.load(str(tmp_path / "mimi.safetensors"), 2)
+    assert codec.encode(torch.randn(1, 1, 5000)).shape == (1, 2, 3)
+    assert all(
+        tensor.isfinite().all() for tensor in load_file(tmp_path / "mimi.safetensors").values()
+    )
+
+
+def test_the_codec_trainer_takes_any_folder_of_audio(tmp_path):
+    with pytest.raises(ValueError, match="no audio"):
+        train_codec.from_files((tmp_path,), 1.0, 0)
+    wav = train_codec.from_files((digits.FOLDER,), 0.1, 0)
+    assert 6 * digits.SAMPLE_RATE < len(wav) < 30 * digits.SAMPLE_RATE
+
+
+def test_the_mel_distance_is_zero_for_the_same_and_grows_with_the_difference():
+    wav = 0.1 * torch.randn(1, 9600)
+    assert mel_distance(wav, wav) == 0
+    near, far = mel_distance(1.1 * wav, wav), mel_distance(2 * wav, wav)
+    assert 0 < near < far < np.log(2) + 1e-3
