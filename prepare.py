@@ -59,7 +59,8 @@ def prepare(config: PrepareConfig) -> None:
         print("\n".join(skipped), end="\n" if skipped else "")
     print(
         f"{out}: {writer.utterances['train']} utterances for training, "
-        f"{writer.utterances['val']} for validation, {writer.seconds / 3600:.2f} h in {time.time() - start:.0f} s"
+        f"{writer.utterances['val']} for validation, {writer.seconds / 3600:.2f} h "
+        f"in {time.time() - start:.0f} s"
         + (f"; {len(skipped)} of {len(files)} files skipped" if skipped else "")
     )
 

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,14 +98,15 @@ def _train(config: TrainConfig, rank: int, world_size: int, local_rank: int) -> 
     train_set = TokenDataset(config.data, "train", config.num_codebooks)
     val_set = TokenDataset(config.data, "val", config.num_codebooks)
     val_batches = val_set.eval_batches(config.batch_size, config.max_frames, config.eval_windows)
-    train_set.train_batch(
-        0, config.batch_size, config.max_frames, config.seed
-    )  # too little data fails here
+    # Too little data fails here, before a run folder is made.
+    train_set.train_batch(0, config.batch_size, config.max_frames, config.seed)
 
     torch.manual_seed(config.seed)
+    # The precision that auto chose is saved, so that a resumed run cannot choose another.
+    settings = asdict(replace(config, dtype=str(dtype).removeprefix("torch.")))
     about = {
         "model": _model(config, train_set.meta),
-        "config": _plain(config),
+        "config": {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()},
         "data": train_set.meta,
     }
     model = checkpoint.build(about["model"]).to(device)
@@ -114,7 +115,7 @@ def _train(config: TrainConfig, rank: int, world_size: int, local_rank: int) -> 
     log = _Log(config, rank, train_set.meta, start)
     log.say(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {device.type}, "
-        f"{str(dtype).removeprefix('torch.')}, {world_size} process{'es' * (world_size > 1)}, "
+        f"{about['config']['dtype']}, {world_size} process{'es' * (world_size > 1)}, "
         f"{train_set.meta['splits']['train']['seconds'] / 3600:.2f} h of audio for training"
     )
     if config.compile or (config.compile is None and device.type == "cuda"):
@@ -175,7 +176,7 @@ def evaluate(model: nn.Module, batches: list[Tensor], meta: dict[str, Any]) -> d
 
 
 class _Log:
-    """Lines of fixed width on the terminal, and log.jsonl; silent in all processes but the first."""
+    """Lines of fixed width on the terminal, and log.jsonl; the first process alone speaks."""
 
     def __init__(self, config: TrainConfig, rank: int, meta: dict[str, Any], start: int) -> None:
         self.config, self.rank = config, rank
@@ -200,7 +201,8 @@ class _Log:
         self.last, self.since = done, now
         self.say(
             f"step {done:6d}/{self.config.max_steps} | loss {loss:6.3f} nats/token | "
-            f"gradient {norm:6.2f} | lr {lr:.1e} | {rate:9,.0f} tokens/s | {done * self.hours:8.2f} h of audio | "
+            f"gradient {norm:6.2f} | lr {lr:.1e} | {rate:9,.0f} tokens/s | "
+            f"{done * self.hours:8.2f} h of audio | "
             f"{left // 60:3.0f}:{left % 60:02.0f} left"
         )
         self._write(
@@ -218,7 +220,8 @@ class _Log:
         codebooks = " ".join(f"{n:.2f}" for n in results["nats_per_codebook"])
         self.say(
             f"     validation | loss {results['nats_per_token']:6.3f} nats/token | "
-            f"per codebook {codebooks} | {results['bits_per_second']:.0f} bit/s of {results['codec_bits_per_second']:.0f}"
+            f"per codebook {codebooks} | {results['bits_per_second']:.0f} bit/s "
+            f"of {results['codec_bits_per_second']:.0f}"
         )
         self._write({"step": step + 1, "validation": results})
         self.since = time.time()  # evaluations do not count as training time
@@ -286,8 +289,8 @@ def _start(
     if not config.resume:
         if (config.out / "run.json").exists():
             raise ValueError(
-                f"{config.out} holds a run already; go on with it (--resume), choose another --out, "
-                "or delete it"
+                f"{config.out} holds a run already; go on with it (--resume), choose another "
+                "--out, or delete it"
             )
         return 0
     saved, run = checkpoint.load(config.out, next(model.parameters()).device)
@@ -300,10 +303,6 @@ def _start(
     model.load_state_dict(saved.state_dict())
     checkpoint.load_optimizer(config.out, run["step"], model, optimizer)
     return run["step"]
-
-
-def _plain(config: TrainConfig) -> dict[str, Any]:
-    return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
 
 
 def main(config: TrainConfig) -> None:

@@ -46,7 +46,7 @@ class Codec:
 
     @classmethod
     def load(cls, source: str, num_codebooks: int, device: torch.device | str = "cpu") -> "Codec":
-        """`source`: "tiny" (bundled), "mimi" (Kyutai's weights from the hub) or a .safetensors path.
+        """`source`: "tiny" (bundled), "mimi" (Kyutai's, from the hub) or a .safetensors path.
 
         A path may have a .json beside it, as nanomimi.tiny.train_codec writes it, that gives
         another shape. Raises FileNotFoundError where the weights are not to be had, ValueError
@@ -122,7 +122,7 @@ class Codec:
 
     @torch.inference_mode()
     def decode_stream(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Frames (B, Q), one after the other -> audio (B, frame_size) of each, as `decode` of all."""
+        """Frames (B, Q), one by one -> audio (B, frame_size) of each, as `decode` of all."""
         frames = iter(frames)
         first = next(frames, None)
         if first is None:
@@ -235,9 +235,9 @@ def _weights(source: str) -> Path:
             return Path(hf_hub_download(loaders.DEFAULT_REPO, loaders.MIMI_NAME))
         except OSError as error:
             raise FileNotFoundError(
-                f"Mimi's weights ({loaders.MIMI_NAME} of {loaders.DEFAULT_REPO}) are not cached and "
-                f"could not be downloaded ({type(error).__name__}); connect to the network, or give a "
-                "downloaded file as "
+                f"Mimi's weights ({loaders.MIMI_NAME} of {loaders.DEFAULT_REPO}) are not "
+                f"cached and could not be downloaded ({type(error).__name__}); connect to the "
+                "network, or give a downloaded file as "
                 "--codec PATH.safetensors, or take the bundled small Mimi with --codec tiny"
             ) from None
     path = Path(source)

@@ -204,7 +204,7 @@ class Llama(nn.Module):
 
 
 def _stretch(inv_freq: Tensor, scaling: RopeScaling) -> Tensor:
-    """Slow the rotations that the original context does not complete, keep the fast, blend between."""
+    """Slow the rotations that do not complete in the original context; keep the fast."""
     turns = scaling.original_max_positions * inv_freq / (2 * math.pi)
     blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     blend = blend.clamp(0, 1)

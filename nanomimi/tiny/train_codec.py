@@ -100,7 +100,7 @@ def _mel_weights(window_size: int, bands: int) -> Tensor:
 
 
 def counting(minutes: float, seed: int) -> Tensor:
-    """(S,) float32: counting and shuffled digits in equal parts, half at another speed and pitch."""
+    """(S,) float32: counting and shuffled digits alike, half at another speed and pitch."""
     rng, clips, wavs, seconds = np.random.default_rng(seed), digits.load_clips(), [], 0.0
     counted = (u for u in digits.utterances(math.inf, 0.1, seed) if u.split == "train")
     while seconds < minutes * 60:
