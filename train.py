@@ -15,6 +15,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -81,82 +82,55 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 def train(config: TrainConfig) -> dict[str, Any]:
     """Train until max_steps; returns the last evaluation. Raises ValueError for unfit settings."""
-    with _processes() as (rank, world_size, local_rank):
-        return _train(config, rank, world_size, local_rank)
+    with _processes() as processes:
+        device = _device(config, processes)
+        dtype = resolve_dtype(config.dtype, device)
+        autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+        train_set, val_batches = _data(config, processes)
+        about = _about(config, train_set.meta, dtype)
 
-
-def _train(config: TrainConfig, rank: int, world_size: int, local_rank: int) -> dict[str, Any]:
-    device = resolve_device(config.device)
-    if device.type == "cuda" and world_size > 1:
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    dtype = resolve_dtype(config.dtype, device)
-    if config.batch_size % world_size:
-        raise ValueError(
-            f"--batch_size {config.batch_size} must be a multiple of the {world_size} processes"
+        torch.manual_seed(config.seed)
+        model = checkpoint.build(about["model"]).to(device)
+        optimizer = _optimizer(model, config)
+        start = _start(config, about, model, optimizer)
+        log = _Log(config, processes, about, start)
+        log.say(
+            f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {device.type}, "
+            f"{about['config']['dtype']}, processes: {processes.count}, "
+            f"{train_set.meta['splits']['train']['seconds'] / 3600:.2f} h of audio for training"
         )
-    train_set = TokenDataset(config.data, "train", config.num_codebooks)
-    val_set = TokenDataset(config.data, "val", config.num_codebooks)
-    val_batches = val_set.eval_batches(config.batch_size, config.max_frames, config.eval_windows)
-    # Too little data fails here, before a run folder is made.
-    train_set.train_batch(0, config.batch_size, config.max_frames, config.seed)
+        if config.compile or (config.compile is None and device.type == "cuda"):
+            model.compile()
+        parallel = DistributedDataParallel(model) if processes.count > 1 else model
 
-    torch.manual_seed(config.seed)
-    # The precision that auto chose is saved, so that a resumed run cannot choose another.
-    settings = asdict(replace(config, dtype=str(dtype).removeprefix("torch.")))
-    about = {
-        "model": _model(config, train_set.meta),
-        "config": {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()},
-        "data": train_set.meta,
-    }
-    model = checkpoint.build(about["model"]).to(device)
-    optimizer = _optimizer(model, config)
-    start = _start(config, about, model, optimizer)
-    log = _Log(config, rank, train_set.meta, start)
-    log.say(
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {device.type}, "
-        f"{about['config']['dtype']}, {world_size} process{'es' * (world_size > 1)}, "
-        f"{train_set.meta['splits']['train']['seconds'] / 3600:.2f} h of audio for training"
-    )
-    if config.compile or (config.compile is None and device.type == "cuda"):
-        model.compile()
-    parallel = DistributedDataParallel(model) if world_size > 1 else model
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+        results: dict[str, Any] = {}
+        for step in range(start, config.max_steps):
+            lr = learning_rate(step, config)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            loss = torch.zeros((), device=device)
+            for micro in range(config.grad_accum):
+                tokens = _batch(train_set, step * config.grad_accum + micro, config, processes)
+                with _gradients_shared(parallel, micro == config.grad_accum - 1):
+                    with autocast:
+                        mean = parallel(tokens.to(device)).mean() / config.grad_accum
+                    mean.backward()
+                loss += mean.detach()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
-    results: dict[str, Any] = {}
-    for step in range(start, config.max_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
-        loss = torch.zeros((), device=device)
-        for micro in range(config.grad_accum):
-            tokens = train_set.train_batch(
-                step * config.grad_accum + micro,
-                config.batch_size,
-                config.max_frames,
-                config.seed,
-                rank,
-                world_size,
-            ).to(device)
-            last = micro == config.grad_accum - 1
-            # Gradients of the processes are averaged once per step, at its last backward pass.
-            with contextlib.nullcontext() if last or world_size == 1 else parallel.no_sync():
+            done, finished = step + 1, step + 1 == config.max_steps
+            if done % config.log_every == 0 or finished:
+                log.step(done, _mean_over_processes(loss), float(norm), lr)
+            if done % config.eval_every == 0 or finished:
                 with autocast:
-                    mean = parallel(tokens).mean() / config.grad_accum
-                mean.backward()
-            loss += mean.detach()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % config.log_every == 0 or step + 1 == config.max_steps:
-            log.step(step, _mean_over_processes(loss), norm, learning_rate(step, config))
-        if (step + 1) % config.eval_every == 0 or step + 1 == config.max_steps:
-            with autocast:
-                results = evaluate(model, val_batches, train_set.meta)
-            log.evaluation(step, results)
-        if rank == 0 and ((step + 1) % config.save_every == 0 or step + 1 == config.max_steps):
-            checkpoint.save(config.out, step + 1, model, optimizer, about)
-            log.say(f"saved {config.out} at step {step + 1}")
-    return results
+                    results = evaluate(model, val_batches, train_set.meta)
+                log.evaluation(done, results)
+            if (done % config.save_every == 0 or finished) and processes.rank == 0:
+                checkpoint.save(config.out, done, model, optimizer, about)
+                log.say(f"saved {config.out} at step {done}")
+        return results
 
 
 @torch.no_grad()
@@ -175,74 +149,123 @@ def evaluate(model: nn.Module, batches: list[Tensor], meta: dict[str, Any]) -> d
     }
 
 
+@dataclass(frozen=True)
+class _Processes:
+    """This process's place among those that torchrun started."""
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+
+
 class _Log:
     """Lines of fixed width on the terminal, and log.jsonl; the first process alone speaks."""
 
-    def __init__(self, config: TrainConfig, rank: int, meta: dict[str, Any], start: int) -> None:
-        self.config, self.rank = config, rank
+    def __init__(
+        self, config: TrainConfig, processes: _Processes, about: dict[str, Any], start: int
+    ) -> None:
+        self.config, self.silent = config, processes.rank > 0
         self.frames = config.batch_size * config.grad_accum * config.max_frames  # per step
-        self.hours = self.frames / meta["frame_rate"] / 3600  # of audio per step
-        self.first, self.began = start, time.time()
-        self.last, self.since = start, self.began
+        self.hours = self.frames / about["data"]["frame_rate"] / 3600  # of audio per step
+        self.start, self.last = start, start
+        self.began = self.since = time.time()
         self.path = config.out / "log.jsonl"
-        if rank == 0:
+        if not self.silent:
             config.out.mkdir(parents=True, exist_ok=True)
-            kept = self.path.read_text().splitlines() if start else []
-            self.path.write_text("".join(f"{l}\n" for l in kept if json.loads(l)["step"] <= start))
+            lines = self.path.read_text().splitlines() if start else []
+            kept = [line for line in lines if json.loads(line)["step"] <= start]
+            self.path.write_text("".join(f"{line}\n" for line in kept))
 
     def say(self, line: str) -> None:
-        if self.rank == 0:
+        if not self.silent:
             print(line, flush=True)
 
-    def step(self, step: int, loss: float, norm: Tensor, lr: float) -> None:
-        now, done = time.time(), step + 1
-        rate = (done - self.last) * self.frames * self.config.num_codebooks / (now - self.since)
-        left = (now - self.began) / (done - self.first) * (self.config.max_steps - done)
+    def step(self, done: int, loss: float, norm: float, lr: float) -> None:
+        now = time.time()
+        tokens = (done - self.last) * self.frames * self.config.num_codebooks
+        rate = tokens / (now - self.since)
+        left = (now - self.began) / (done - self.start) * (self.config.max_steps - done)
         self.last, self.since = done, now
         self.say(
             f"step {done:6d}/{self.config.max_steps} | loss {loss:6.3f} nats/token | "
             f"gradient {norm:6.2f} | lr {lr:.1e} | {rate:9,.0f} tokens/s | "
-            f"{done * self.hours:8.2f} h of audio | "
-            f"{left // 60:3.0f}:{left % 60:02.0f} left"
+            f"{done * self.hours:8.2f} h of audio | {left // 60:3.0f}:{left % 60:02.0f} left"
         )
         self._write(
             {
                 "step": done,
                 "loss": loss,
-                "gradient_norm": float(norm),
+                "gradient_norm": norm,
                 "lr": lr,
                 "tokens_per_second": rate,
                 "hours_of_audio": done * self.hours,
             }
         )
 
-    def evaluation(self, step: int, results: dict[str, Any]) -> None:
+    def evaluation(self, done: int, results: dict[str, Any]) -> None:
         codebooks = " ".join(f"{n:.2f}" for n in results["nats_per_codebook"])
         self.say(
             f"     validation | loss {results['nats_per_token']:6.3f} nats/token | "
             f"per codebook {codebooks} | {results['bits_per_second']:.0f} bit/s "
             f"of {results['codec_bits_per_second']:.0f}"
         )
-        self._write({"step": step + 1, "validation": results})
+        self._write({"step": done, "validation": results})
         self.since = time.time()  # evaluations do not count as training time
 
     def _write(self, line: dict[str, Any]) -> None:
-        if self.rank == 0:
+        if not self.silent:
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
 
 
 @contextlib.contextmanager
-def _processes():
-    """Rank, number of processes, local rank; joins the processes where torchrun started them."""
+def _processes() -> Iterator[_Processes]:
+    """Joins the processes that torchrun started, or stands alone."""
     if "RANK" not in os.environ:
-        yield 0, 1, 0
+        yield _Processes()
         return
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
-        yield dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"])
+        local_rank = int(os.environ["LOCAL_RANK"])
+        yield _Processes(dist.get_rank(), dist.get_world_size(), local_rank)
     finally:
         dist.destroy_process_group()
+
+
+def _device(config: TrainConfig, processes: _Processes) -> torch.device:
+    device = resolve_device(config.device)
+    if device.type == "cuda" and processes.count > 1:
+        device = torch.device("cuda", processes.local_rank)
+        torch.cuda.set_device(device)
+    return device
+
+
+def _data(config: TrainConfig, processes: _Processes) -> tuple[TokenDataset, list[Tensor]]:
+    """The training set and the fixed validation batches, or ValueError where they do not fit."""
+    if config.batch_size % processes.count:
+        raise ValueError(
+            f"--batch_size must be a multiple of the {processes.count} processes; "
+            f"got {config.batch_size}"
+        )
+    train_set = TokenDataset(config.data, "train", config.num_codebooks)
+    _batch(train_set, 0, config, processes)  # too little data fails here, before a run is made
+    val_set = TokenDataset(config.data, "val", config.num_codebooks)
+    return train_set, val_set.eval_batches(
+        config.batch_size, config.max_frames, config.eval_windows
+    )
+
+
+def _batch(data: TokenDataset, index: int, config: TrainConfig, processes: _Processes) -> Tensor:
+    return data.train_batch(
+        index, config.batch_size, config.max_frames, config.seed, processes.rank, processes.count
+    )
+
+
+def _gradients_shared(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+    """Processes average their gradients once per step, in its last backward pass."""
+    if last or not isinstance(model, DistributedDataParallel):
+        return contextlib.nullcontext()
+    return model.no_sync()
 
 
 def _mean_over_processes(value: Tensor) -> float:
@@ -252,9 +275,9 @@ def _mean_over_processes(value: Tensor) -> float:
     return value.item()
 
 
-def _model(config: TrainConfig, meta: dict[str, Any]) -> dict[str, Any]:
-    """What checkpoint.build needs."""
-    return {
+def _about(config: TrainConfig, meta: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """What run.json says; "model" is what checkpoint.build needs."""
+    model = {
         "arch": config.arch,
         "num_codebooks": config.num_codebooks,
         "codebook_size": meta["codebook_size"],
@@ -271,6 +294,10 @@ def _model(config: TrainConfig, meta: dict[str, Any]) -> dict[str, Any]:
             "rope_theta": config.rope_theta,
         },
     }
+    # The precision that auto chose is saved, so that a resumed run cannot choose another.
+    settings = asdict(replace(config, dtype=str(dtype).removeprefix("torch.")))
+    plain = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
+    return {"model": model, "config": plain, "data": meta}
 
 
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:

@@ -169,9 +169,9 @@ def test_the_learning_rate_warms_up_and_ends_at_its_minimum(schedule):
 
 
 def test_only_matrices_decay(config):
-    from train import _model, _optimizer
+    from train import _about, _optimizer
 
-    model = checkpoint.build(_model(config, {"codebook_size": 15}))
+    model = checkpoint.build(_about(config, {"codebook_size": 15}, torch.float32)["model"])
     decayed, kept = _optimizer(model, config).param_groups
     assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0
     names = {id(p): name for name, p in model.named_parameters()}
