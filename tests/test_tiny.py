@@ -136,8 +136,8 @@ def test_a_codec_is_trained_saved_resumed_and_loaded(tmp_path):
 
 def test_the_codec_trainer_takes_any_folder_of_audio(tmp_path):
     with pytest.raises(ValueError, match="no audio"):
-        train_codec.from_files((tmp_path,), 1.0, 0)
-    wav = train_codec.from_files((digits.FOLDER,), 0.1, 0)
+        train_codec.from_files(CodecConfig(audio=(tmp_path,)))
+    wav = train_codec.from_files(CodecConfig(audio=(digits.FOLDER,), minutes=0.1))
     assert 6 * digits.SAMPLE_RATE < len(wav) < 30 * digits.SAMPLE_RATE
 
 

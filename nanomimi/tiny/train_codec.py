@@ -11,6 +11,7 @@ discriminators instead of a spectral loss and with a distilled semantic codebook
 codebook 0 is not semantic.
 """
 
+import functools
 import json
 import math
 import time
@@ -30,14 +31,13 @@ from nanomimi.codec import MimiModel, build, mimi_shape
 from nanomimi.config import Config, argument, option, resolve_device, run
 from nanomimi.tiny import digits
 
-MEL_SCALES = (
-    (2048, 80),
-    (1024, 64),
-    (512, 40),
-    (256, 32),
-    (128, 20),
-)  # (window in samples, mel bands)
+WINDOWS = {2048: 80, 1024: 64, 512: 40, 256: 32, 128: 20}  # samples: mel bands
 FLOOR = 3e-4  # of a mel band's mean amplitude, about -70 dB: what is below it is silence
+
+
+SHAPE = (
+    "n_filters dimension n_layer n_head n_hidden context num_codebooks codebook_size codebook_dim"
+).split()
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class CodecConfig(Config):
 
 def log_mels(wav: Tensor) -> Iterator[Tensor]:
     """(B, S) -> per scale (B, bands, windows): log mean amplitude of the mel bands."""
-    for window_size, bands in MEL_SCALES:
+    for window_size, bands in WINDOWS.items():
         window = torch.hann_window(window_size, device=wav.device)
         stft = torch.stft(wav, window_size, window_size // 4, window=window, return_complex=True)
         weights = _mel_weights(window_size, bands).to(wav.device)
@@ -81,22 +81,19 @@ def mel_distance(wav: Tensor, target: Tensor) -> Tensor:
     return torch.stack([(a - b).abs().mean() for a, b in pairs]).mean()
 
 
-_weights_cache: dict[tuple[int, int], Tensor] = {}
-
-
+@functools.cache
 def _mel_weights(window_size: int, bands: int) -> Tensor:
     """(bands, window_size // 2 + 1): triangles equally spaced in mel, each with the sum one."""
-    if (window_size, bands) not in _weights_cache:
-        bins = torch.linspace(0, digits.SAMPLE_RATE / 2, window_size // 2 + 1)
-        top_mel = 2595 * math.log10(1 + digits.SAMPLE_RATE / 2 / 700)
-        edges = 700 * (10 ** (torch.linspace(0, top_mel, bands + 2) / 2595) - 1)
-        # A low band can be narrower than a bin: it then takes the bins at its distance of one bin.
-        width = edges.diff().clamp(min=float(bins[1]))
-        rise = 1 - (edges[1:-1, None] - bins) / width[:-1, None]
-        fall = 1 - (bins - edges[1:-1, None]) / width[1:, None]
-        weights = torch.minimum(rise, fall).clamp(min=0)
-        _weights_cache[window_size, bands] = weights / weights.sum(1, keepdim=True)
-    return _weights_cache[window_size, bands]
+    nyquist = digits.SAMPLE_RATE / 2
+    bins = torch.linspace(0, nyquist, window_size // 2 + 1)
+    mels = torch.linspace(0, 2595 * math.log10(1 + nyquist / 700), bands + 2)
+    edges = 700 * (10 ** (mels / 2595) - 1)
+    # A low band can be narrower than a bin: it then takes the bins at its distance of one bin.
+    width = edges.diff().clamp(min=float(bins[1]))
+    rise = 1 - (edges[1:-1, None] - bins) / width[:-1, None]
+    fall = 1 - (bins - edges[1:-1, None]) / width[1:, None]
+    weights = torch.minimum(rise, fall).clamp(min=0)
+    return weights / weights.sum(1, keepdim=True)
 
 
 def counting(minutes: float, seed: int) -> Tensor:
@@ -116,19 +113,15 @@ def counting(minutes: float, seed: int) -> Tensor:
     return torch.cat(wavs)
 
 
-def from_files(paths: tuple[Path, ...], minutes: float, seed: int) -> Tensor:
+def from_files(config: CodecConfig) -> Tensor:
     """(S,) float32: files in random order until `minutes` are full, or ValueError."""
-    files, wavs, seconds = list(audio_files(paths)), [], 0.0
-    np.random.default_rng(seed).shuffle(files)
-    for file in files:
-        wavs.append(torch.from_numpy(read_audio(file, digits.SAMPLE_RATE)))
+    files, wavs, seconds = audio_files(config.audio), [], 0.0
+    np.random.default_rng(config.seed).shuffle(files)
+    while files and seconds < config.minutes * 60:
+        wavs.append(torch.from_numpy(read_audio(files.pop(), digits.SAMPLE_RATE)))
         seconds += len(wavs[-1]) / digits.SAMPLE_RATE
-        if seconds > minutes * 60:
-            break
     if not wavs:
-        raise ValueError(
-            f"no audio in {', '.join(map(str, paths))}; give folders or files of speech"
-        )
+        raise ValueError(f"no audio in {', '.join(map(str, config.audio))}; give folders of speech")
     return torch.cat(wavs)
 
 
@@ -171,14 +164,15 @@ def reconstruct(mimi: MimiModel, wav: Tensor, dtype: torch.dtype) -> tuple[Tenso
 
 
 @torch.no_grad()
-def evaluate(mimi: MimiModel, wav: Tensor, num_codebooks: int) -> dict[str, list[float]]:
+def evaluate(mimi: MimiModel, wav: Tensor) -> dict:
     """Mel distance with 1, 2, 4, ... codebooks, and the effective share of each one's entries.
 
-    The effective share is exp(entropy) / codebook_size: 1 where all entries are used equally often.
+    The effective share is exp(entropy) / codebook_size: 1 where all entries are equally frequent.
     """
     mimi.eval()
+    counts = [2**i for i in range(10) if 2**i < mimi.total_codebooks] + [mimi.total_codebooks]
     distances = {}
-    for q in sorted({2**i for i in range(10) if 2**i <= num_codebooks} | {num_codebooks}):
+    for q in counts:
         mimi.set_num_codebooks(q)
         out, codes, _ = reconstruct(mimi, wav, torch.float32)
         distances[q] = round(mel_distance(out[:, 0], wav[:, 0]).item(), 4)
@@ -190,109 +184,95 @@ def evaluate(mimi: MimiModel, wav: Tensor, num_codebooks: int) -> dict[str, list
     return {"mel_distance": distances, "usage": usage}
 
 
-def save(
-    mimi: MimiModel, optimizer: torch.optim.Optimizer, step: int, out: Path, about: dict
-) -> None:
+def save(mimi: MimiModel, optimizer: torch.optim.Optimizer, out: Path, about: dict) -> None:
     """Write mimi.safetensors (float16) and mimi.json for the codec, training.pt to go on from."""
     weights = {k: v.half().contiguous() for k, v in mimi.state_dict().items()}
     save_file(weights, out / "mimi.safetensors.tmp")
     (out / "mimi.json.tmp").write_text(json.dumps(about, indent=1) + "\n")
-    state = {"model": mimi.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-    torch.save(state, out / "training.pt.tmp")
+    state = {"model": mimi.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save({**state, "step": about["step"]}, out / "training.pt.tmp")
     for name in ("mimi.safetensors", "mimi.json", "training.pt"):
         (out / f"{name}.tmp").replace(out / name)
 
 
-def learning_rate(step: int, config: CodecConfig) -> float:
-    """Linear warm-up, then a cosine to 5% at the last step."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    return config.lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
+def load(mimi: MimiModel, optimizer: torch.optim.Optimizer, out: Path) -> int:
+    """Put the last checkpoint in place; returns its step. Raises FileNotFoundError, ValueError."""
+    path = out / "training.pt"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; there is nothing to --resume")
+    state = torch.load(path, weights_only=True)
+    try:
+        mimi.load_state_dict(state["model"])
+    except RuntimeError:
+        raise ValueError(
+            f"{path} is of another shape; repeat its flags, or leave out --resume"
+        ) from None
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
 
 
 def train(config: CodecConfig) -> dict:
     """Train, with a checkpoint every `save_every` steps; returns what mimi.json says."""
     device = resolve_device(config.device)
-    # On the CPU oneDNN's bfloat16 convolutions are out: torch 2.9 with AMX computes the one with 16
-    # to 32 channels, kernel 8 and stride 4 wrongly (relative error above one), and training
-    # diverges.
+    # Not on the CPU: with AMX, oneDNN of torch 2.9 computes the bfloat16 convolution from 16 to 32
+    # channels with kernel 8 and stride 4 wrongly (relative error above one); training diverges.
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(config.seed)
-    shape = mimi_shape(
-        n_filters=config.n_filters,
-        dimension=config.dimension,
-        n_layer=config.n_layer,
-        n_head=config.n_head,
-        n_hidden=config.n_hidden,
-        context=config.context,
-        num_codebooks=config.num_codebooks,
-        codebook_size=config.codebook_size,
-        codebook_dim=config.codebook_dim,
-    )
+    shape = mimi_shape(**{name: getattr(config, name) for name in SHAPE})
     mimi = build(shape).to(device).train()
     initialise(mimi)
     optimizer = torch.optim.AdamW(mimi.parameters(), lr=config.lr, betas=(0.8, 0.99), fused=True)
+    start = load(mimi, optimizer, config.out) if config.resume else 0
     config.out.mkdir(parents=True, exist_ok=True)
-    start = 0
-    if config.resume:
-        state = torch.load(config.out / "training.pt", map_location=device, weights_only=True)
-        mimi.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
 
-    source = lambda minutes, seed: (
-        from_files(config.audio, minutes, seed) if config.audio else counting(minutes, seed)
-    )
-    pool = source(config.minutes, config.seed)
+    wav = from_files(config) if config.audio else counting(config.minutes, config.seed)
+    pool, held_out = wav[: -len(wav) // 20], wav[-len(wav) // 20 :]
     size = config.frames * mimi.frame_size
-    held_out = crops(source(1.0, config.seed + 1), 32, size, np.random.default_rng(0)).to(device)
+    held_out = crops(held_out, 32, size, np.random.default_rng(config.seed)).to(device)
     began, about = time.time(), {}
-    progress = tqdm(
-        range(start, config.max_steps), initial=start, total=config.max_steps, unit="step"
-    )
-    for step in progress:
-        # One stream per step, so that a resumed run draws what an uninterrupted one would have
-        # drawn.
+    for step in (bar := tqdm(range(start, config.max_steps), unit="step")):
+        # A stream of its own for each step: a resumed run draws what an uninterrupted one draws.
         rng = np.random.default_rng((config.seed, step))
-        # Half of the steps use all codebooks, the others 1..Q: few codebooks must be intelligible
-        # too.
-        q = (
-            config.num_codebooks
-            if rng.random() < 0.5
-            else int(rng.integers(1, config.num_codebooks + 1))
-        )
-        mimi.set_num_codebooks(q)
-        for rvq in (mimi.quantizer.rvq_first, mimi.quantizer.rvq_rest):
-            rvq.no_quantization_rate = max(0.0, 1 - step / config.plain_steps)
+        schedule(mimi, optimizer, step, rng, config)
         wav = crops(pool, config.batch_size, size, rng).to(device)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
         out, _, penalty = reconstruct(mimi, wav, dtype)
         distance = mel_distance(out[:, 0], wav[:, 0])
-        loss = distance + 0.05 * penalty + 0.1 * (out - wav).abs().mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(mimi.parameters(), 1.0)
+        (distance + 0.05 * penalty + 0.1 * (out - wav).abs().mean()).backward()
+        nn.utils.clip_grad_norm_(mimi.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         for buffer in mimi.buffers():
             buffer.detach_()  # moshi's moving averages otherwise keep every step's graph alive
         if step % 20 == 0:
-            progress.set_postfix(mel=f"{distance.item():.3f}", penalty=f"{penalty.item():.3f}", q=q)
+            bar.set_postfix(mel=f"{distance.item():.3f}", penalty=f"{penalty.item():.3f}")
         if (step + 1) % config.save_every == 0 or step + 1 == config.max_steps:
-            numbers = evaluate(mimi, held_out, config.num_codebooks)
-            tqdm.write(
-                f"step {step + 1}: mel distance {numbers['mel_distance']}, usage {numbers['usage']}"
-            )
-            about = {
-                "mimi": shape,
-                "num_codebooks": config.num_codebooks,
-                "step": step + 1,
-                **numbers,
-                "seconds": round(time.time() - began),
-            }
-            save(mimi, optimizer, step + 1, config.out, about)
+            numbers = evaluate(mimi, held_out)
+            seconds = round(time.time() - began)
+            about = {"mimi": shape, "step": step + 1, **numbers, "seconds": seconds}
+            bar.write(f"step {step + 1}: {numbers}")
+            save(mimi, optimizer, config.out, about)
     return about
+
+
+def schedule(
+    mimi: MimiModel,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    rng: np.random.Generator,
+    config: CodecConfig,
+) -> None:
+    """Set the step's number of codebooks, share of quantized clips and learning rate."""
+    # Half of the steps use all codebooks, the others 1..Q: few must be intelligible too.
+    every = rng.random() < 0.5
+    q = config.num_codebooks if every else int(rng.integers(1, config.num_codebooks + 1))
+    mimi.set_num_codebooks(q)
+    for rvq in (mimi.quantizer.rvq_first, mimi.quantizer.rvq_rest):
+        # Quantized from the start, the latent collapses to a few points.
+        rvq.no_quantization_rate = max(0.0, 1 - step / config.plain_steps)
+    warmup = (step + 1) / config.warmup_steps
+    decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / config.max_steps))
+    for group in optimizer.param_groups:
+        group["lr"] = config.lr * min(warmup, decay)
 
 
 if __name__ == "__main__":
