@@ -74,9 +74,10 @@ def _files(
         for file, split in zip(files, splits):
             try:
                 codes = codec.encode_chunks(read_chunks(file, codec.sample_rate))
-                writer.add(split, codes, file=str(file), group=str(file.parent))
             except (ValueError, OSError) as error:
                 skipped.append(f"skipped: {error}")
+            else:
+                writer.add(split, codes, file=str(file), group=str(file.parent))
             _advance(bar, 1, writer)
     return skipped
 
@@ -89,14 +90,15 @@ def _digits(config: PrepareConfig, codec: Codec, writer: DatasetWriter) -> list[
             writer.add(
                 u.split, codes, file=f"{u.voice} {''.join(map(str, u.digits))}", group=u.voice
             )
-            _advance(bar, len(u.wav) / digits.SAMPLE_RATE, writer)
+            _advance(bar, int(writer.seconds) - bar.n, writer)
     return []
 
 
-def _advance(bar: tqdm, amount: float, writer: DatasetWriter) -> None:
+def _advance(bar: tqdm, amount: int, writer: DatasetWriter) -> None:
     speed = writer.seconds / max(1e-9, bar.format_dict["elapsed"])
-    bar.set_postfix_str(f"{writer.seconds / 3600:.2f} h, {speed:.0f} x real time", refresh=False)
-    bar.update(round(min(amount, bar.total - bar.n), 2))
+    text = f"{writer.seconds / 3600:.2f} h, {speed:.0f} x real time"
+    bar.set_postfix_str(text, refresh=False)
+    bar.update(min(amount, bar.total - bar.n))
 
 
 def _split(files: list[Path], config: PrepareConfig) -> list[Split]:

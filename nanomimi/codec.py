@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from huggingface_hub import hf_hub_download
+from huggingface_hub.utils import logging
 from moshi.models import MimiModel, loaders
 from moshi.modules.transformer import StreamingMultiheadAttention
 from safetensors import SafetensorError
@@ -231,6 +232,8 @@ def _weights(source: str) -> Path:
     if source == "tiny":
         return TINY
     if source == "mimi":
+        # The hub client tells of every retry; the sentence below is enough.
+        logging.set_verbosity_error()
         try:
             return Path(hf_hub_download(loaders.DEFAULT_REPO, loaders.MIMI_NAME))
         except OSError as error:

@@ -18,7 +18,7 @@ from nanomimi.audio import read_audio
 FOLDER = Path(__file__).parent / "digits"
 SAMPLE_RATE = 24000  # of the clips, and the unit of index.csv
 PAUSE = (0.12, 0.30)  # seconds between digits: longer than the gap inside "six" or "eight"
-GAIN = (-8.0, 0.0)  # dB
+GAIN = (-4.0, 0.0)  # dB
 
 Voice = list[list[np.ndarray]]  # clips[take][digit] is (S,) float32
 
