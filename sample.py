@@ -1,7 +1,7 @@
 """runs/NAME (+ a prompt) -> wav files.
 
     python sample.py                                            four samples of runs/digits
-    python sample.py --prompt nanomimi/tiny/digits/bella.ogg    count on in bella's voice
+    python sample.py --prompt nanomimi/tiny/digits/diana.ogg    count on in diana's voice
     python sample.py --run runs/mine --prompt me.wav --prompt_seconds 3 --seconds 20 --out me
 
 A wav holds the prompt and its continuation, decoded together. It ends where the model draws END,

@@ -1,8 +1,8 @@
 """Does a run count aloud, and in the prompt's voice? python -m tests.counting --run runs/digits
 
-Every voice is prompted with three digits from every start, 100 prompts in all. What the run makes
-of them is cut at its pauses and recognised: a digit is right if it follows the one before it, a
-voice if it is the prompt's.
+A hundred prompts of three digits go through all voices and starts. What the run makes of them is
+cut at its pauses and recognised: a digit is right if it follows the one before it, a voice if it is
+the prompt's.
 """
 
 from collections.abc import Iterator
@@ -19,6 +19,8 @@ from nanomimi.codec import Codec
 from nanomimi.config import Config, option, run
 from nanomimi.tiny import digits
 from tests.recogniser import Label, Recogniser
+
+PROMPTS = 100
 
 
 @dataclass(frozen=True)
@@ -53,24 +55,24 @@ def continuations(config: CountingConfig) -> Iterator[tuple[str, int, list[Label
         generator=torch.Generator().manual_seed(config.seed),
     )
     frames = round(config.seconds * codec.frame_rate)
-    for name, voice in digits.load_clips().items():
-        for start in range(10):
-            wav = digits.speak(voice, [(start + i) % 10 for i in range(3)], rng)
-            prompt = codec.encode(
-                torch.from_numpy(wav[: len(wav) // codec.frame_size * codec.frame_size])[None, None]
-            )[0]
-            codes = torch.cat([separator(model.num_codebooks, model.codebook_size), prompt], dim=1)
-            new = torch.stack(list(model.generate(codes[None], frames, draw)), dim=2)[0]
-            over = (new[0] == codec.codebook_size).nonzero()
-            codes = torch.cat([prompt, new[:, : int(over[0])] if len(over) else new], dim=1)
-            heard = codec.decode(codes[None])[0, 0, prompt.shape[1] * codec.frame_size :].numpy()
-            yield name, (start + 2) % 10, hear(heard) if len(heard) else []
+    voices = list(digits.load_clips().items())
+    for i in range(PROMPTS):
+        (name, voice), start = voices[i % len(voices)], i // len(voices) % 10
+        wav = digits.speak(voice, [(start + k) % 10 for k in range(3)], rng)
+        wav = torch.from_numpy(wav[: len(wav) // codec.frame_size * codec.frame_size])
+        prompt = codec.encode(wav[None, None])[0]
+        codes = torch.cat([separator(model.num_codebooks, model.codebook_size), prompt], dim=1)
+        new = torch.stack(list(model.generate(codes[None], frames, draw)), dim=2)[0]
+        over = (new[0] == codec.codebook_size).nonzero()
+        codes = torch.cat([prompt, new[:, : int(over[0])] if len(over) else new], dim=1)
+        heard = codec.decode(codes[None])[0, 0, prompt.shape[1] * codec.frame_size :].numpy()
+        yield name, (start + 2) % 10, hear(heard) if len(heard) else []
 
 
 def measure(config: CountingConfig) -> dict[str, float]:
     """Shares of right next digits and of right voices among the digits recognised."""
     right = own = total = silent = 0
-    for voice, last, labels in tqdm(continuations(config), total=100, unit="prompt"):
+    for voice, last, labels in tqdm(continuations(config), total=PROMPTS, unit="prompt"):
         silent += not labels
         for heard_voice, digit in labels:
             right += digit == (last + 1) % 10

@@ -17,7 +17,7 @@ from tests.conftest import tone
 from train import TrainConfig, train
 
 ROOT = Path(__file__).parent.parent
-BELLA = ROOT / "nanomimi" / "tiny" / "digits" / "bella.ogg"
+DIANA = ROOT / "nanomimi" / "tiny" / "digits" / "diana.ogg"
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +56,7 @@ def test_the_offline_story_ends_in_audio(story, tmp_path):
     paths = sample(
         SampleConfig(
             run=story / "run",
-            prompt=BELLA,
+            prompt=DIANA,
             prompt_seconds=1.0,
             seconds=1.6,
             num_samples=3,
@@ -93,7 +93,7 @@ def test_samples_repeat_with_the_seed_and_change_with_it(story, tmp_path):
 def test_samples_go_on_past_the_context(story, tmp_path):
     config = SampleConfig(
         run=story / "run",
-        prompt=BELLA,
+        prompt=DIANA,
         prompt_seconds=0.5,
         seconds=8,
         num_samples=8,
@@ -225,7 +225,7 @@ def wrong(tmp_path_factory, story) -> dict[str, Path]:
             "shorter than one frame",
         ),
         (
-            "sample.py --run {story}/run --prompt {bella} --prompt_seconds 9 --out {folder}/s",
+            "sample.py --run {story}/run --prompt {diana} --prompt_seconds 9 --out {folder}/s",
             "more than the model's context",
         ),
         ("sample.py --run {story}/run --temperature -1", "--temperature must be at least 0"),
@@ -242,7 +242,7 @@ def test_a_mistake_gets_one_line_that_says_what_to_do(
     import train as train_script
     from nanomimi.config import run
 
-    name, *argv = command.format(**wrong, bella=BELLA, mimi=random_mimi).split()
+    name, *argv = command.format(**wrong, diana=DIANA, mimi=random_mimi).split()
     parts = {
         "prepare.py": (PrepareConfig, prepare_script.prepare),
         "train.py": (TrainConfig, train_script.main),

@@ -15,16 +15,16 @@ def test_the_bundled_files_are_as_small_as_promised():
     assert size(TINY.parent, "mimi.*") < 6e6
 
 
-def test_ten_voices_say_ten_digits_three_times_and_differ_in_pitch():
+def test_eight_voices_say_ten_digits_three_times_and_differ_in_pitch():
     voices = digits.load_clips()
-    assert len(voices) == 10
+    assert len(voices) == 8
     pitches = []
     for takes in voices.values():
         assert [len(take) for take in takes] == [10, 10, 10]
         for clip in (clip for take in takes for clip in take):
             assert 0.2 < len(clip) / digits.SAMPLE_RATE < 1.0 and 0.5 < np.abs(clip).max() < 0.8
         pitches.append(pitch(takes[1][9]))
-    assert min(pitches) < 80 and max(pitches) > 300 and len({round(p / 5) for p in pitches}) >= 8
+    assert min(pitches) < 80 and max(pitches) > 300 and len({round(p / 5) for p in pitches}) >= 7
 
 
 def pitch(clip: np.ndarray) -> float:
@@ -50,9 +50,8 @@ def test_what_a_voice_says_in_validation_it_never_says_in_training():
     said = {"train": set(), "val": set()}
     for u in digits.utterances(1.0, 0.1, seed=0):
         said[u.split].add((u.voice, u.digits))
-    assert (
-        25 < len(said["val"]) <= 50 and len(said["train"]) > 300
-    )  # a tenth of ten voices, starts and five lengths
+    # Eight voices, ten starts and five lengths are 400 sequences.
+    assert 20 < len(said["val"]) <= 40 and len(said["train"]) > 250
     assert not said["val"] & said["train"]
 
 

@@ -106,7 +106,7 @@ def counting(minutes: float, seed: int) -> Tensor:
             voice = list(clips.values())[rng.integers(len(clips))]
             wav = digits.speak(voice, rng.integers(0, 10, size=6), rng)
         if rng.random() < 0.5:
-            # A codec that hears only the bundled voices memorises them: ten voices become many.
+            # A codec that hears only the bundled voices memorises them: a few voices become many.
             wav = resample(wav, digits.SAMPLE_RATE, 100 * int(240 * rng.uniform(0.8, 1.25)))
         seconds += len(wav) / digits.SAMPLE_RATE
         wavs.append(torch.from_numpy(wav))
