@@ -57,7 +57,8 @@ def sample(config: SampleConfig) -> list[Path]:
     config.out.mkdir(parents=True, exist_ok=True)
     start = prompt_frames(config, codec, model)
     start_time = time.time()
-    codes = generate(config, model, start)
+    num_frames = max(1, round(config.seconds * codec.frame_rate))
+    codes = generate(config, model, start, num_frames)
     wavs = [decode(codec, row) for row in codes]
     elapsed = time.time() - start_time
 
@@ -95,7 +96,7 @@ def prompt_frames(config: SampleConfig, codec: Codec, model: nn.Module) -> Tenso
     return repeat(codes, "q t -> b q t", b=config.num_samples)
 
 
-def generate(config: SampleConfig, model: nn.Module, start: Tensor) -> Tensor:
+def generate(config: SampleConfig, model: nn.Module, start: Tensor, num_frames: int) -> Tensor:
     """(B, Q, T): the prompt without its separator and its continuation; END where a row is over."""
     generator = torch.Generator(start.device).manual_seed(config.seed)
     draw_next = partial(
@@ -105,8 +106,6 @@ def generate(config: SampleConfig, model: nn.Module, start: Tensor) -> Tensor:
         top_p=config.top_p,
         generator=generator,
     )
-    frame_rate = checkpoint.read(config.run)["data"]["frame_rate"]
-    num_frames = max(1, round(config.seconds * frame_rate))
     frames = tqdm(model.generate(start, num_frames, draw_next), total=num_frames, unit="frame")
     new = torch.stack(list(frames), dim=2)
     return torch.cat([start[:, :, 1:], new], dim=2)

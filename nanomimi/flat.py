@@ -86,18 +86,13 @@ class FlatLM(nn.Module):
                 keep = self.max_frames if cache is None else max(1, self.max_frames // 2)
                 tokens = tokens[:, -keep * self.num_codebooks :]
                 cache, hidden = self._prefill(tokens)
-            frame = []
             for q in range(self.num_codebooks):
                 code = self._next_code(hidden, q, finished, sample)
                 finished = finished | (code == self.codebook_size)
-                frame.append(code)
-                hidden = self.llama(
-                    self.embedding(rearrange(_token(code, q, self), "b -> b 1")), cache
-                )
-            yield torch.stack(frame, dim=1)
-            tokens = torch.cat(
-                [tokens, flatten(torch.stack(frame, dim=1)[..., None], self.codebook_size)], dim=1
-            )
+                token = rearrange(code + q * (self.codebook_size + 1), "b -> b 1")
+                tokens = torch.cat([tokens, token], dim=1)
+                hidden = self.llama(self.embedding(token), cache)
+            yield tokens[:, -self.num_codebooks :] % (self.codebook_size + 1)
             if finished.all():
                 return
 
@@ -115,7 +110,3 @@ class FlatLM(nn.Module):
         if q > 0:
             logits[:, self.codebook_size] = -torch.inf
         return torch.where(finished, self.codebook_size, sample(logits))
-
-
-def _token(code: Tensor, q: int, model: FlatLM) -> Tensor:
-    return code + q * (model.codebook_size + 1)
