@@ -33,7 +33,7 @@ class PrepareConfig(Config):
     val_fraction: float = option(0.1, "share held out for validation", above=0, at_most=0.5)
     split_by: Literal["file", "group"] = option("file", "hold out files, or whole speakers")
     hours: float = option(4.0, "hours of counting to compose from the bundled digits", above=0)
-    seed: int = option(0, "seed of the split and of the composed digits")
+    seed: int = option(0, "seed of the split and of the composed digits", at_least=0)
     device: str = option("auto", "auto, cpu or cuda")
 
 

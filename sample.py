@@ -37,7 +37,7 @@ class SampleConfig(Config):
     temperature: float = option(0.8, "0: the likeliest token; 1: as the model says", at_least=0)
     top_k: int = option(30, "draw from the k likeliest tokens; 0: from all", at_least=0)
     top_p: float = option(1.0, "draw from the likeliest with this share", above=0, at_most=1)
-    seed: int = option(0, "seed of the draws")
+    seed: int = option(0, "seed of the draws", at_least=0)
     codec: str | None = option(None, "where the codec is now, if not where prepare.py found it")
     device: str = option("auto", "auto, cpu or cuda")
     out: Path = option(Path("samples"), "folder for sample-0.wav, sample-1.wav, ...")

@@ -54,7 +54,7 @@ class TrainConfig(Config):
     min_lr: float = option(0.1, "final learning rate, as a fraction of lr", at_least=0, at_most=1)
     weight_decay: float = option(0.1, "AdamW's decay, on matrices only", at_least=0)
     grad_clip: float = option(1.0, "largest norm of the gradient", above=0)
-    seed: int = option(0, "seed of the weights and of the order of the data")
+    seed: int = option(0, "seed of the weights and of the order of the data", at_least=0)
     device: str = option("auto", "auto, cpu or cuda")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "auto: the faster")
     compile: bool | None = option(None, "compile the model; by default on a GPU only")

@@ -20,6 +20,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.utils import logging
 from moshi.models import MimiModel, loaders
 from moshi.modules.transformer import StreamingMultiheadAttention
+from moshi.utils.compile import no_cuda_graph
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -37,11 +38,8 @@ class Codec:
 
     def __init__(self, mimi: MimiModel, name: str, sha256: str) -> None:
         self.mimi, self.name, self.sha256 = mimi.eval().requires_grad_(False), name, sha256
-        self.sample_rate, self.frame_rate, self.frame_size = (
-            mimi.sample_rate,
-            mimi.frame_rate,
-            mimi.frame_size,
-        )
+        self.sample_rate, self.frame_rate = mimi.sample_rate, mimi.frame_rate
+        self.frame_size = mimi.frame_size
         self.codebook_size, self.num_codebooks = mimi.cardinality, mimi.num_codebooks
         self.device = next(mimi.parameters()).device
 
@@ -55,9 +53,7 @@ class Codec:
         """
         path = _weights(source)
         about = path.with_suffix(".json")
-        shape = (
-            json.loads(about.read_text())["mimi"] if about.exists() and source != "mimi" else None
-        )
+        shape = _shape(about) if about.exists() and source != "mimi" else None
         total = (shape or loaders._mimi_config)["quantizer"]["n_q"]
         if not 1 <= num_codebooks <= total:
             raise ValueError(
@@ -99,13 +95,10 @@ class Codec:
             for chunk in chunks:
                 rest = np.concatenate([rest, chunk])
                 while len(rest) >= self.frame_size:
-                    whole = (
-                        min(len(rest), CHUNK_SECONDS * self.sample_rate)
-                        // self.frame_size
-                        * self.frame_size
-                    )
-                    codes.append(self._stream(rest[:whole]))
-                    rest = rest[whole:]
+                    size = min(len(rest), CHUNK_SECONDS * self.sample_rate)
+                    size -= size % self.frame_size
+                    codes.append(self._stream(rest[:size]))
+                    rest = rest[size:]
             codes += [self._stream(rest)] if len(rest) else []
         if not codes:
             raise ValueError("the recording has no samples")
@@ -144,7 +137,8 @@ class Codec:
         a piece overwrite keys that its first ones still need. Here they hold a whole piece besides.
         """
         piece = round(CHUNK_SECONDS * self.mimi.encoder_frame_rate)
-        with self.mimi.streaming(batch_size):
+        # moshi's CUDA graphs want every piece to have the same length; ours may not.
+        with no_cuda_graph(), self.mimi.streaming(batch_size):
             for module in self.mimi.modules():
                 if isinstance(module, StreamingMultiheadAttention):
                     cache = module._streaming_state.kv_cache
@@ -226,6 +220,13 @@ def mimi_shape(
         dimension=codebook_dim,
     )
     return shape
+
+
+def _shape(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())["mimi"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(f"{path} does not describe a Mimi (no entry mimi); remove it") from None
 
 
 def _weights(source: str) -> Path:

@@ -6,6 +6,7 @@ their lengths data/NAME/utterances.jsonl     one line per utterance: split, file
 first_frame, num_frames
 """
 
+import functools
 import json
 from pathlib import Path
 from types import TracebackType
@@ -47,8 +48,7 @@ class DatasetWriter:
 
     def add(self, split: Split, codes: Tensor, file: str, group: str) -> None:
         """Append one utterance, codes (Q, T)."""
-        # In front of it lie all earlier frames, a separator behind each utterance, and the one at
-        # the start.
+        # In front of it: all earlier frames, a separator behind each utterance, one at the start.
         first_frame = self.frames[split] + self.utterances[split] + 1
         self._write(split, codes)
         self._write(split, separator(self.codec.num_codebooks, self.codec.codebook_size))
@@ -85,8 +85,7 @@ class DatasetWriter:
                 )
             return
         self._new("meta.json").write_text(json.dumps(self._meta(), indent=1) + "\n")
-        # meta.json first goes, last comes: an interrupted replacement is never taken for a data
-        # folder.
+        # meta.json goes first and comes last: a replacement that is interrupted is no data folder.
         (self.out / "meta.json").unlink(missing_ok=True)
         for name in names:
             self._new(name).replace(self.out / name)
@@ -193,8 +192,7 @@ class TokenDataset:
                 f"{self.path} has {self.num_frames} frames, fewer than one window of --max_frames "
                 f"{max_frames} + 1; lower --max_frames or prepare more audio"
             )
-        # One window fewer than fit, so that the phase can take every value from 0 to max_frames -
-        # 1.
+        # One window fewer than fit, so that the phase can take every value below max_frames.
         count = max(1, predicted // max_frames - 1)
         return count, min(max_frames - 1, predicted - count * max_frames)
 
@@ -216,15 +214,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-_epochs: dict[tuple[int, ...], tuple[int, np.ndarray]] = {}
-
-
+@functools.lru_cache(maxsize=2)
 def _epoch(seed: int, epoch: int, count: int, slack: int) -> tuple[int, np.ndarray]:
-    """Phase and order of an epoch's windows; the last ones asked for are kept."""
-    key = (seed, epoch, count, slack)
-    if key not in _epochs:
-        if len(_epochs) > 1:
-            del _epochs[next(iter(_epochs))]
-        rng = np.random.default_rng((seed, epoch))
-        _epochs[key] = int(rng.integers(slack + 1)), rng.permutation(count)
-    return _epochs[key]
+    """Phase and order of an epoch's windows."""
+    rng = np.random.default_rng((seed, epoch))
+    return int(rng.integers(slack + 1)), rng.permutation(count)

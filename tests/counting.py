@@ -29,7 +29,7 @@ class CountingConfig(Config):
     seconds: float = option(5.0, "seconds of continuation", above=0)
     temperature: float = option(0.8, "temperature of the draws", at_least=0)
     top_k: int = option(30, "top-k of the draws", at_least=0)
-    seed: int = option(0, "seed of prompts and draws")
+    seed: int = option(0, "seed of prompts and draws", at_least=0)
 
 
 def recogniser(codec: Codec) -> Recogniser:

@@ -146,6 +146,9 @@ def test_files_that_are_not_this_codec_are_refused(random_mimi, tmp_path):
     shutil.copy(random_mimi, tmp_path / "alone.safetensors")  # without its .json
     with pytest.raises(ValueError, match="alone.json beside it"):
         Codec.load(str(tmp_path / "alone.safetensors"), 4)
+    (tmp_path / "alone.json").write_text('{"vocab_size": 65}')
+    with pytest.raises(ValueError, match="does not describe a Mimi"):
+        Codec.load(str(tmp_path / "alone.safetensors"), 4)
     (tmp_path / "text.safetensors").write_text("no weights")
     with pytest.raises(ValueError, match="does not hold"):
         Codec.load(str(tmp_path / "text.safetensors"), 4)

@@ -24,7 +24,7 @@ DIANA = ROOT / "nanomimi" / "tiny" / "digits" / "diana.ogg"
 def story(tmp_path_factory) -> Path:
     """The three scripts on the bundled digits: a folder with data and run."""
     folder = tmp_path_factory.mktemp("story")
-    prepare(PrepareConfig(out=folder / "data", hours=0.03, device="cpu"))
+    prepare(PrepareConfig(out=folder / "data", hours=0.1, device="cpu"))
     train(
         TrainConfig(
             data=folder / "data",

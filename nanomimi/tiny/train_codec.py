@@ -62,7 +62,7 @@ class CodecConfig(Config):
     plain_steps: int = option(1000, "steps over which quantization sets in", at_least=1)
     save_every: int = option(1000, "steps between checkpoints and evaluations", at_least=1)
     resume: bool = option(False, "go on from the last checkpoint in --out")
-    seed: int = option(0, "seed of weights, data and crops")
+    seed: int = option(0, "seed of weights, data and crops", at_least=0)
     device: str = option("auto", "auto, cpu or cuda")
 
 
