@@ -37,15 +37,14 @@ def read_audio(path: Path, sample_rate: int, max_seconds: float | None = None) -
 def read_chunks(path: Path, sample_rate: int) -> Iterator[np.ndarray]:
     """The file in pieces (S,) float32 of CHUNK_SECONDS at `sample_rate`, channels averaged.
 
-    wav and flac are read piece by piece; mp3, ogg and opus, which cannot be entered at an exact
-    sample, are held in memory whole. Raises FileNotFoundError, and ValueError where the file is not
+    wav and flac are read piece by piece; mp3, ogg and opus, where positions or lengths are not
+    exact, are held in memory whole. Raises FileNotFoundError, and ValueError where the file is not
     audio, has no samples or ends before the length that its header announces.
     """
     read, length, rate = _open(path)
     step = CHUNK_SECONDS * rate
     for start in range(0, length, step):
-        # A second of its neighbours on either side lets the resampler run over the seams of the
-        # pieces.
+        # A second more on either side lets the resampler run over the seams of the pieces.
         before = min(start, rate)
         wav = resample(read(start - before, start + step + rate), rate, sample_rate)
         end = -(-min(step, length - start) * sample_rate // rate)

@@ -82,8 +82,7 @@ def parse(
     )
     for f in fields(config):
         _add(parser, f)
-    # argparse passes a default that is a string through the flag's type: a path from JSON becomes a
-    # Path.
+    # argparse passes a string as default through the flag's type: text from JSON becomes a Path.
     parser.set_defaults(**defaults or {})
     values = vars(parser.parse_args(argv))
     return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

@@ -151,8 +151,7 @@ def initialise(mimi: MimiModel) -> None:
 def reconstruct(mimi: MimiModel, wav: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """(B, 1, S) -> its reconstruction (B, 1, S), the codes (B, Q, T) and the commitment penalty.
 
-    moshi's own forward pass, with the quantizer kept in float32: distances to codebook entries need
-    it.
+    moshi's own forward pass, but for the quantizer's float32: distances to entries need it.
     """
     with torch.autocast(wav.device.type, dtype, enabled=dtype != torch.float32):
         latent = mimi.encode_to_latent(wav, quantize=False)
