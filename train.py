@@ -1,7 +1,7 @@
 """data/NAME -> runs/NAME: train a model on flattened Mimi tokens.
 
     python train.py                                             the digits, on two CPU cores
-    python train.py --data data/mine --out runs/mine --max_frames 250 --n_layer 12 --n_embd 768
+    python train.py --data data/mine --out runs/mine --n_layer 12 --n_embd 768 --lr 3e-4
     torchrun --nproc_per_node 8 train.py --data data/mine ...   the same batches, on eight GPUs
     python train.py --out runs/mine --resume                    go on where the run stopped
 
@@ -82,8 +82,11 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 def train(config: TrainConfig) -> dict[str, Any]:
     """Train until max_steps; returns the last evaluation. Raises ValueError for unfit settings."""
-    with _processes() as processes:
-        device = _device(config, processes)
+    device = resolve_device(config.device)
+    with _processes(device) as processes:
+        if device.type == "cuda" and processes.count > 1:
+            device = torch.device("cuda", processes.local_rank)
+            torch.cuda.set_device(device)
         dtype = resolve_dtype(config.dtype, device)
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         train_set, val_batches = _data(config, processes)
@@ -219,25 +222,17 @@ class _Log:
 
 
 @contextlib.contextmanager
-def _processes() -> Iterator[_Processes]:
+def _processes(device: torch.device) -> Iterator[_Processes]:
     """Joins the processes that torchrun started, or stands alone."""
     if "RANK" not in os.environ:
         yield _Processes()
         return
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         local_rank = int(os.environ["LOCAL_RANK"])
         yield _Processes(dist.get_rank(), dist.get_world_size(), local_rank)
     finally:
         dist.destroy_process_group()
-
-
-def _device(config: TrainConfig, processes: _Processes) -> torch.device:
-    device = resolve_device(config.device)
-    if device.type == "cuda" and processes.count > 1:
-        device = torch.device("cuda", processes.local_rank)
-        torch.cuda.set_device(device)
-    return device
 
 
 def _data(config: TrainConfig, processes: _Processes) -> tuple[TokenDataset, list[Tensor]]:
@@ -288,8 +283,7 @@ def _about(config: TrainConfig, meta: dict[str, Any], dtype: torch.dtype) -> dic
             "n_head": config.n_head,
             "n_kv_head": config.n_kv_head or config.n_head,
             "n_embd": config.n_embd,
-            # Three matrices of 8/3 n_embd hold as many weights as the two of 4 n_embd of a plain
-            # MLP.
+            # Three matrices of 8/3 n_embd hold as many weights as a plain MLP's two of 4 n_embd.
             "n_hidden": config.n_hidden or 64 * math.ceil(config.n_embd * 8 / 3 / 64),
             "rope_theta": config.rope_theta,
         },

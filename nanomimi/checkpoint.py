@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -109,4 +110,7 @@ def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
 def _load_tensors(path: Path, device: torch.device | str) -> dict[str, torch.Tensor]:
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing, though run.json names it; train the run again")
-    return load_file(path, device=str(device))
+    try:
+        return load_file(path, device=str(device))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); train the run again") from None

@@ -133,9 +133,12 @@ def test_a_codec_is_trained_saved_resumed_and_loaded(tmp_path):
     )
 
 
-def test_the_codec_trainer_takes_any_folder_of_audio(tmp_path):
+def test_the_codec_trainer_takes_any_folder_of_audio(tmp_path, capsys):
     with pytest.raises(ValueError, match="no audio"):
         train_codec.from_files(CodecConfig(audio=(tmp_path,)))
+    (tmp_path / "text.wav").write_text("this is no audio")
+    wav = train_codec.from_files(CodecConfig(audio=(digits.FOLDER, tmp_path), minutes=3.0))
+    assert "text.wav" in capsys.readouterr().out and len(wav) > 60 * digits.SAMPLE_RATE
     wav = train_codec.from_files(CodecConfig(audio=(digits.FOLDER,), minutes=0.1))
     assert 6 * digits.SAMPLE_RATE < len(wav) < 30 * digits.SAMPLE_RATE
 

@@ -145,6 +145,17 @@ def test_a_run_is_one_complete_checkpoint_at_any_time(config):
     assert same(model.state_dict(), weights(config.out))
 
 
+def test_damaged_weights_are_named(config):
+    train(config)
+    path = config.out / "model-000012.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="model-000012.safetensors is damaged"):
+        checkpoint.load(config.out)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="is missing"):
+        checkpoint.load(config.out)
+
+
 def test_a_run_is_neither_overwritten_nor_resumed_as_another(config):
     train(config)
     with pytest.raises(ValueError, match="holds a run already"):

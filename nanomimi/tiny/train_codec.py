@@ -118,7 +118,11 @@ def from_files(config: CodecConfig) -> Tensor:
     files, wavs, seconds = audio_files(config.audio), [], 0.0
     np.random.default_rng(config.seed).shuffle(files)
     while files and seconds < config.minutes * 60:
-        wavs.append(torch.from_numpy(read_audio(files.pop(), digits.SAMPLE_RATE)))
+        try:
+            wavs.append(torch.from_numpy(read_audio(files.pop(), digits.SAMPLE_RATE)))
+        except (ValueError, OSError) as error:
+            print(f"skipped: {error}")
+            continue
         seconds += len(wavs[-1]) / digits.SAMPLE_RATE
     if not wavs:
         raise ValueError(f"no audio in {', '.join(map(str, config.audio))}; give folders of speech")
