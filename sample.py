@@ -24,7 +24,7 @@ from nanomimi.audio import read_audio, write_wav
 from nanomimi.codec import Codec
 from nanomimi.config import Config, option, resolve_device, run
 from nanomimi.sampling import sample as draw
-from nanomimi.tokens import separator
+from nanomimi.tokens import before_end, separator
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,10 @@ def generate(config: SampleConfig, model: nn.Module, start: Tensor, num_frames: 
 
 def decode(codec: Codec, codes: Tensor) -> np.ndarray:
     """One row (Q, T) up to its END -> (S,) float32."""
-    over = (codes[0] == codec.codebook_size).nonzero()
-    length = int(over[0]) if len(over) else codes.shape[1]
-    if length == 0:
+    codes = before_end(codes, codec.codebook_size)
+    if not codes.shape[1]:
         return np.zeros(0, np.float32)
-    return codec.decode(codes[None, :, :length])[0, 0].cpu().numpy()
+    return codec.decode(codes[None])[0, 0].cpu().numpy()
 
 
 if __name__ == "__main__":

@@ -28,13 +28,18 @@ from torch.nn.parallel import DistributedDataParallel
 from nanomimi import checkpoint
 from nanomimi.config import Config, option, parse, resolve_device, resolve_dtype, run
 from nanomimi.data import TokenDataset
+from nanomimi.hierarchical import csm_depth
+from nanomimi.likelihood import in_units
+from nanomimi.llama import LlamaConfig
+
+DEPTH_FLAGS = ("n_layer", "n_head", "n_embd", "n_hidden")
 
 
 @dataclass(frozen=True)
 class TrainConfig(Config):
     data: Path = option(Path("data/digits"), "folder written by prepare.py")
     out: Path = option(Path("runs/digits"), "run folder to write")
-    arch: Literal["flat"] = option("flat", "architecture")
+    arch: Literal["flat", "hierarchical"] = option("flat", "one Llama, or one inside another")
     num_codebooks: int = option(4, "codebooks to model, the first of those prepared", at_least=1)
     max_frames: int = option(128, "context in frames, 80 ms each", at_least=2)
     n_layer: int = option(4, "layers", at_least=1)
@@ -42,6 +47,10 @@ class TrainConfig(Config):
     n_kv_head: int | None = option(None, "key-value heads, default: n_head", at_least=1)
     n_embd: int = option(192, "width", at_least=2)
     n_hidden: int | None = option(None, "MLP's width, default: 8/3 n_embd", at_least=1)
+    depth_n_layer: int | None = option(None, "hierarchical only: layers inside a frame", at_least=1)
+    depth_n_head: int | None = option(None, "its attention heads", at_least=1)
+    depth_n_embd: int | None = option(None, "its width", at_least=2)
+    depth_n_hidden: int | None = option(None, "its MLP's width", at_least=1)
     rope_theta: float = option(10000.0, "base of the rotary position embedding", above=1)
     tied: bool = option(False, "let the head share the embedding's weights")
     batch_size: int = option(4, "windows per micro-step, over all processes", at_least=1)
@@ -143,13 +152,7 @@ def evaluate(model: nn.Module, batches: list[Tensor], meta: dict[str, Any]) -> d
     nats = torch.cat([model(tokens.to(device)).float().mean(dim=1) for tokens in batches]).mean(
         dim=0
     )
-    num_codebooks, frame_rate = len(nats), meta["frame_rate"]
-    return {
-        "nats_per_token": nats.mean().item(),
-        "nats_per_codebook": nats.tolist(),
-        "bits_per_second": nats.sum().item() / math.log(2) * frame_rate,
-        "codec_bits_per_second": num_codebooks * math.log2(meta["codebook_size"]) * frame_rate,
-    }
+    return in_units(nats, meta)
 
 
 @dataclass(frozen=True)
@@ -272,22 +275,32 @@ def _mean_over_processes(value: Tensor) -> float:
 
 def _about(config: TrainConfig, meta: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """What run.json says; "model" is what checkpoint.build needs."""
+    llama = LlamaConfig(
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        n_kv_head=config.n_kv_head or config.n_head,
+        n_embd=config.n_embd,
+        # Three matrices of 8/3 n_embd hold as many weights as a plain MLP's two of 4 n_embd.
+        n_hidden=config.n_hidden or 64 * math.ceil(config.n_embd * 8 / 3 / 64),
+        rope_theta=config.rope_theta,
+    )
     model = {
         "arch": config.arch,
         "num_codebooks": config.num_codebooks,
         "codebook_size": meta["codebook_size"],
         "max_frames": config.max_frames,
-        "tied": config.tied,
-        "llama": {
-            "n_layer": config.n_layer,
-            "n_head": config.n_head,
-            "n_kv_head": config.n_kv_head or config.n_head,
-            "n_embd": config.n_embd,
-            # Three matrices of 8/3 n_embd hold as many weights as a plain MLP's two of 4 n_embd.
-            "n_hidden": config.n_hidden or 64 * math.ceil(config.n_embd * 8 / 3 / 64),
-            "rope_theta": config.rope_theta,
-        },
+        "llama": asdict(llama),
     }
+    depth = {name: getattr(config, f"depth_{name}") for name in DEPTH_FLAGS}
+    depth = {name: value for name, value in depth.items() if value is not None}
+    if config.arch == "flat":
+        if depth:
+            raise ValueError(f"--depth_{next(iter(depth))} needs --arch hierarchical")
+        model["tied"] = config.tied
+    else:
+        if config.tied:
+            raise ValueError("--tied needs --arch flat: the hierarchical heads have two widths")
+        model["depth"] = asdict(csm_depth(llama, **depth))
     # The precision that auto chose is saved, so that a resumed run cannot choose another.
     settings = asdict(replace(config, dtype=str(dtype).removeprefix("torch.")))
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}

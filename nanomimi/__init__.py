@@ -1,20 +1,21 @@
 """nanomimi: flattened speech language modeling, Mimi tokens and a Llama, to read in one evening.
 
     wav (B, 1, S)  --Codec.encode-->  codes (B, Q, T)  --flatten-->  tokens (B, T*Q)  -->  train.bin
-    tokens (B, (T+1)*Q)  --FlatLM-->  nats (B, T, Q)           training minimises their mean
-    prompt (B, Q, T)  --FlatLM.generate-->  one frame (B, Q) after another  --Codec.decode-->  wav
+    tokens (B, (T+1)*Q)  --FlatLM or HierarchicalLM-->  nats (B, T, Q)   training minimises the mean
+    prompt (B, Q, T)  --model.generate-->  one frame (B, Q) after another  --Codec.decode-->  wav
 
 Letters, the same in every file: B batch, S samples of audio, T frames of 80 ms, Q codebooks, N flat
 tokens (T*Q), C channels (n_embd), H heads, D dimensions per head, V classes per codebook
 (codebook_size + 1, for END).
 
-Read in this order: audio, codec, tokens, data, llama, flat, sampling, checkpoint, config; then
-prepare.py, train.py and sample.py.
+Read in this order: audio, codec, tokens, data, llama, flat, hierarchical, sampling, likelihood,
+checkpoint, config; then prepare.py, train.py and sample.py; then evaluate.
 """
 
 from nanomimi.codec import Codec
 from nanomimi.data import DatasetWriter, TokenDataset
 from nanomimi.flat import FlatLM
+from nanomimi.hierarchical import HierarchicalLM
 from nanomimi.llama import KVCache, Llama, LlamaConfig
 from nanomimi.sampling import sample
 from nanomimi.tokens import flatten, separator, unflatten
@@ -23,6 +24,7 @@ __all__ = [
     "Codec",
     "DatasetWriter",
     "FlatLM",
+    "HierarchicalLM",
     "KVCache",
     "Llama",
     "LlamaConfig",

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nanomimi.flat import FlatLM
+from nanomimi.hierarchical import HierarchicalLM
 from nanomimi.llama import LlamaConfig, RopeScaling
 
 FORMAT = 1
@@ -25,17 +26,11 @@ FORMAT = 1
 
 def build(model: dict[str, Any]) -> nn.Module:
     """The model that run.json's "model" describes, with fresh weights."""
-    shape = dict(model["llama"])
-    if shape.get("rope_scaling") is not None:
-        shape["rope_scaling"] = RopeScaling(**shape["rope_scaling"])
-    assert model["arch"] == "flat", model["arch"]
-    return FlatLM(
-        LlamaConfig(**shape),
-        model["num_codebooks"],
-        model["codebook_size"],
-        model["max_frames"],
-        model["tied"],
-    )
+    tokens = model["num_codebooks"], model["codebook_size"], model["max_frames"]
+    if model["arch"] == "flat":
+        return FlatLM(_llama(model["llama"]), *tokens, model["tied"])
+    assert model["arch"] == "hierarchical", model["arch"]
+    return HierarchicalLM(_llama(model["llama"]), _llama(model["depth"]), *tokens)
 
 
 def save(
@@ -91,6 +86,11 @@ def load_optimizer(
         state = {key: moments[f"{name}.{key}"].clone() for key in ("exp_avg", "exp_avg_sq")}
         # AdamW keeps its count of steps on the CPU unless it is fused on a GPU.
         optimizer.state[parameter] = {"step": moments[f"{name}.step"].clone(), **state}
+
+
+def _llama(shape: dict[str, Any]) -> LlamaConfig:
+    scaling = shape.get("rope_scaling")
+    return LlamaConfig(**{**shape, "rope_scaling": scaling and RopeScaling(**scaling)})
 
 
 def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

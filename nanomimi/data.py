@@ -1,9 +1,8 @@
 """Step 3, tokens <-> disk: a flat stream of token ids, mapped from disk, and windows cut from it.
 
-data/NAME/train.bin, val.bin   separator, utterance, separator, ..., separator: whole frames of
-token ids data/NAME/meta.json            the contract: what the numbers in the .bin files mean, and
-their lengths data/NAME/utterances.jsonl     one line per utterance: split, file, group,
-first_frame, num_frames
+data/NAME/train.bin, val.bin   separator, utterance, separator, ..., separator, as token ids
+data/NAME/meta.json            what the numbers in the .bin files mean, and their lengths
+data/NAME/utterances.jsonl     per utterance: split, file, group, first_frame, num_frames
 """
 
 import functools
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nanomimi.codec import Codec, moshi_version
-from nanomimi.tokens import flatten, separator
+from nanomimi.tokens import flatten, separator, unflatten
 
 FORMAT = 1
 Split = Literal["train", "val"]
@@ -149,6 +148,17 @@ class TokenDataset:
         stream = np.memmap(self.path, self.meta["dtype"], "r", shape=(self.num_frames, self.stored))
         tokens = stream[start : start + count, : self.num_codebooks]
         return torch.from_numpy(tokens.astype(np.int64)).flatten()
+
+    def codes(self, start: int, count: int) -> Tensor:
+        """Codes (Q, count) of the same frames; END in separators."""
+        tokens = self.frames(start, count)[None]
+        return unflatten(tokens, self.num_codebooks, self.meta["codebook_size"])[0]
+
+    def utterances(self) -> list[dict[str, Any]]:
+        """The split's lines of utterances.jsonl: file, group, first_frame, num_frames."""
+        with open(self.path.parent / "utterances.jsonl") as index:
+            lines = (json.loads(line) for line in index)
+            return [line for line in lines if line["split"] == self.path.stem]
 
     def train_batch(
         self,

@@ -82,17 +82,15 @@ class FlatLM(nn.Module):
         finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         cache: KVCache | None = None
         for _ in range(num_frames):
-            if cache is None or cache.length + self.num_codebooks > cache.max_positions:
+            if cache is None or cache.length == cache.max_positions:
                 keep = self.max_frames if cache is None else max(1, self.max_frames // 2)
                 tokens = tokens[:, -keep * self.num_codebooks :]
-                cache, hidden = self._prefill(tokens)
-            for q in range(self.num_codebooks):
-                code = self._next_code(hidden, q, finished, sample)
-                finished = finished | (code == self.codebook_size)
-                token = rearrange(code + q * (self.codebook_size + 1), "b -> b 1")
-                tokens = torch.cat([tokens, token], dim=1)
-                hidden = self.llama(self.embedding(token), cache)
-            yield tokens[:, -self.num_codebooks :] % (self.codebook_size + 1)
+                cache, state = self._prefill(tokens)
+            frame, state = self._next_frame(state, cache, finished, sample)
+            tokens = torch.cat([tokens, frame], dim=1)
+            codes = frame % (self.codebook_size + 1)
+            finished = codes[:, 0] == self.codebook_size
+            yield codes
             if finished.all():
                 return
 
@@ -102,11 +100,23 @@ class FlatLM(nn.Module):
         cache = KVCache(self.llama.config, len(tokens), positions, like=self.embedding.weight)
         return cache, self.llama(self.embedding(tokens), cache)
 
+    def _next_frame(
+        self, state: Tensor, cache: KVCache, finished: Tensor, sample: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """state (B, N, C), the newest last -> the next frame's tokens (B, Q), the state behind."""
+        tokens = []
+        for q in range(self.num_codebooks):
+            code = self._next_code(state[:, -1] @ self.head[q].T, q, finished, sample)
+            finished = finished | (code == self.codebook_size)
+            tokens.append(rearrange(code + q * (self.codebook_size + 1), "b -> b 1"))
+            state = self.llama(self.embedding(tokens[-1]), cache)
+        return torch.cat(tokens, dim=1), state
+
     def _next_code(
-        self, hidden: Tensor, q: int, finished: Tensor, sample: Callable[[Tensor], Tensor]
+        self, logits: Tensor, q: int, finished: Tensor, sample: Callable[[Tensor], Tensor]
     ) -> Tensor:
         """(B,) codes of codebook q. END is legal as the start of a frame only."""
-        logits = (hidden[:, -1] @ self.head[q].T).float()
+        logits = logits.float()
         if q > 0:
             logits[:, self.codebook_size] = -torch.inf
         return torch.where(finished, self.codebook_size, sample(logits))

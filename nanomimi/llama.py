@@ -40,7 +40,7 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
             raise ValueError(
-                f"--n_embd must be n_head times an even number; got {self.n_embd}, {self.n_head}"
+                f"--n_embd must be --n_head times an even number; got {self.n_embd}, {self.n_head}"
             )
         if self.n_head % self.n_kv_head:
             raise ValueError(

@@ -55,6 +55,12 @@ def separator(num_codebooks: int, codebook_size: int) -> Tensor:
     return torch.full((num_codebooks, 1), codebook_size)
 
 
+def before_end(codes: Tensor, codebook_size: int) -> Tensor:
+    """codes (Q, T) up to the first END of codebook 0; all of them where there is none."""
+    over = (codes[0] == codebook_size).nonzero()
+    return codes[:, : int(over[0])] if len(over) else codes
+
+
 def _offsets(num_codebooks: int, codebook_size: int, device: torch.device) -> Tensor:
     """(Q, 1): the first token id of every codebook."""
     return rearrange(torch.arange(num_codebooks, device=device) * (codebook_size + 1), "q -> q 1")

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from nanomimi import codec as codec_module
 from nanomimi.codec import Codec
 from nanomimi.data import DatasetWriter
 from nanomimi.flat import FlatLM
+from nanomimi.hierarchical import HierarchicalLM, csm_depth
 from nanomimi.llama import LlamaConfig
 
 SHAPE = dict(
@@ -82,12 +84,25 @@ def random_data(tmp_path_factory, random_codec) -> Path:
     return folder
 
 
-@pytest.fixture
-def model() -> FlatLM:
-    """3 codebooks of 7 codes, a context of 8 frames, weights so large that choices are clear."""
+def small_model(
+    arch: str, num_codebooks: int, max_frames: int, codebook_size: int = 7, **shape: int
+) -> nn.Module:
+    """Two layers of width 32, but for `shape`."""
+    llama = LlamaConfig(
+        **{**dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_hidden=48), **shape}
+    )
+    if arch == "flat":
+        return FlatLM(llama, num_codebooks, codebook_size, max_frames)
+    return HierarchicalLM(
+        llama, csm_depth(llama, n_head=2), num_codebooks, codebook_size, max_frames
+    )
+
+
+@pytest.fixture(params=["flat", "hierarchical"])
+def model(request) -> nn.Module:
+    """3 codebooks, a context of 8 frames, weights so large that choices are clear."""
     torch.manual_seed(0)
-    config = LlamaConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_hidden=48)
-    model = FlatLM(config, num_codebooks=3, codebook_size=7, max_frames=8)
+    model = small_model(request.param, num_codebooks=3, max_frames=8)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

@@ -18,6 +18,7 @@ from nanomimi import checkpoint, sample, separator
 from nanomimi.codec import Codec
 from nanomimi.config import Config, option, run
 from nanomimi.tiny import digits
+from nanomimi.tokens import before_end
 from tests.recogniser import Label, Recogniser
 
 PROMPTS = 100
@@ -63,8 +64,7 @@ def continuations(config: CountingConfig) -> Iterator[tuple[str, int, list[Label
         prompt = codec.encode(wav[None, None])[0]
         codes = torch.cat([separator(model.num_codebooks, model.codebook_size), prompt], dim=1)
         new = torch.stack(list(model.generate(codes[None], frames, draw)), dim=2)[0]
-        over = (new[0] == codec.codebook_size).nonzero()
-        codes = torch.cat([prompt, new[:, : int(over[0])] if len(over) else new], dim=1)
+        codes = torch.cat([prompt, before_end(new, codec.codebook_size)], dim=1)
         heard = codec.decode(codes[None])[0, 0, prompt.shape[1] * codec.frame_size :].numpy()
         yield name, (start + 2) % 10, hear(heard) if len(heard) else []
 

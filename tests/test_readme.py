@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from nanomimi.config import parse
+from nanomimi.evaluate import EvaluateConfig
 from nanomimi.tiny.train_codec import CodecConfig
 from prepare import PrepareConfig
 from sample import SampleConfig
 from tests.counting import CountingConfig
+from tests.experiment import ExperimentConfig
 from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -20,7 +22,9 @@ CONFIGS = {
     "train.py": TrainConfig,
     "sample.py": SampleConfig,
     "nanomimi.tiny.train_codec": CodecConfig,
+    "nanomimi.evaluate": EvaluateConfig,
     "tests.counting": CountingConfig,
+    "tests.experiment": ExperimentConfig,
 }
 
 
@@ -70,11 +74,12 @@ def test_the_table_of_files_is_the_list_of_files():
 
 
 def test_files_import_only_from_files_above_them():
-    order = re.findall(r"^\| `nanomimi/(\w+)\.py` \|", README, re.M)
+    order = re.findall(r"^\| `nanomimi/(\w+)(?:\.py|/)` \|", README, re.M)
     for place, name in enumerate(order):
-        source = (ROOT / "nanomimi" / f"{name}.py").read_text()
-        imported = set(re.findall(r"^from nanomimi\.(\w+) import", source, re.M))
-        assert imported <= set(order[:place]), name
+        path = ROOT / "nanomimi" / name
+        for file in path.glob("*.py") if path.is_dir() else [path.with_suffix(".py")]:
+            imported = set(re.findall(r"^from nanomimi\.(\w+)", file.read_text(), re.M))
+            assert imported - {name} <= set(order[:place]), file
 
 
 def test_only_the_codec_knows_moshi_and_only_audio_knows_sphn():

@@ -11,6 +11,7 @@ import pytest
 
 from nanomimi import TokenDataset, checkpoint
 from nanomimi.audio import read_audio, write_wav
+from nanomimi.evaluate import EvaluateConfig, evaluate
 from prepare import PrepareConfig, prepare
 from sample import SampleConfig, sample
 from tests.conftest import tone
@@ -73,6 +74,17 @@ def test_the_offline_story_ends_in_audio(story, tmp_path):
         json.loads(line) for line in (story / "data" / "utterances.jsonl").read_text().splitlines()
     ]
     assert {line["split"] for line in lines} == {"train", "val"}
+
+
+def test_a_hierarchical_run_goes_through_the_same_scripts(story, tmp_path):
+    flags = dict(max_steps=2, max_frames=40, n_layer=1, n_embd=32, device="cpu")
+    train(TrainConfig(data=story / "data", out=tmp_path / "run", arch="hierarchical", **flags))
+    paths = sample(
+        SampleConfig(
+            run=tmp_path / "run", prompt=DIANA, prompt_seconds=1.0, seconds=4, out=tmp_path
+        )
+    )
+    assert len(paths) == 4 and all(wav_of(path)[1] >= 0.96 * 24000 for path in paths)
 
 
 def test_samples_repeat_with_the_seed_and_change_with_it(story, tmp_path):
@@ -202,7 +214,7 @@ def wrong(tmp_path_factory, story) -> dict[str, Path]:
         ("train.py --data {story}/data --out {folder}/r --max_frames 100000", "lower --max_frames"),
         (
             "train.py --data {story}/data --out {folder}/r --n_head 5",
-            "--n_embd must be n_head times an even number",
+            "--n_embd must be --n_head times an even number",
         ),
         ("train.py --data {story}/data --out {folder}/r --n_kv_head 3", "multiple of --n_kv_head"),
         (
@@ -232,6 +244,10 @@ def wrong(tmp_path_factory, story) -> dict[str, Path]:
         ("sample.py --run {story}/run --codec {mimi}", "is not the one that"),
         ("sample.py --run {story}/run --out {folder}/file/s", "Not a directory"),
         ("sample.py --seconds ten", "invalid float value"),
+        ("evaluate.py --run {folder}/nowhere", "is not a run"),
+        ("evaluate.py --run {story}/run --data {folder}/nowhere", "run python prepare.py"),
+        ("evaluate.py --run {story}/run --codec {mimi}", "another codec than"),
+        ("evaluate.py --run {story}/run --trials 0", "--trials must be at least 1"),
     ],
 )
 def test_a_mistake_gets_one_line_that_says_what_to_do(
@@ -247,6 +263,7 @@ def test_a_mistake_gets_one_line_that_says_what_to_do(
         "prepare.py": (PrepareConfig, prepare_script.prepare),
         "train.py": (TrainConfig, train_script.main),
         "sample.py": (SampleConfig, sample_script.sample),
+        "evaluate.py": (EvaluateConfig, evaluate),
     }
     monkeypatch.setattr("sys.argv", [name, *argv])
     with pytest.raises(SystemExit) as stop:

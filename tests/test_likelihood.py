@@ -1,0 +1,118 @@
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from nanomimi.data import TokenDataset
+from nanomimi.likelihood import Trial, bootstrap, held_out, nats_of, prefix_swap, windows
+from nanomimi.tokens import flatten
+from tests.conftest import small_model
+
+
+@pytest.mark.parametrize("num_frames", [2, 8, 9, 10, 13, 14, 50])
+@pytest.mark.parametrize("max_frames", [2, 3, 7, 8])
+def test_windows_score_every_frame_once_behind_enough_context(num_frames, max_frames):
+    scored = []
+    for start, first, stop in windows(num_frames, max_frames):
+        assert 0 <= start < first < stop and stop - start <= max_frames + 1
+        assert first - start >= min(first, max_frames // 2)
+        scored += range(first, stop)
+    assert scored == list(range(1, num_frames))
+
+
+def test_pieces_are_scored_as_if_each_were_alone(model):
+    pieces = [(torch.randint(0, 7, (3, n)), first) for n, first in ((4, 1), (9, 5), (2, 1), (6, 2))]
+    for batch_size in (1, 3, 16):
+        scored = list(nats_of(model, batch_size, pieces))
+        for (codes, first), nats in zip(pieces, scored, strict=True):
+            with torch.no_grad():
+                alone = model(flatten(codes[None], 7))[0, first - 1 :].double()
+            torch.testing.assert_close(nats, alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["flat", "hierarchical"])
+def test_held_out_likelihood_is_the_mean_over_every_frame_of_the_split(arch, random_data):
+    torch.manual_seed(0)
+    data = TokenDataset(random_data, "val", 3)
+    model = small_model(arch, 3, max_frames=8, codebook_size=15)
+    results = [held_out(partial(nats_of, model, size), data, 8) for size in (1, 5, 64)]
+    with torch.no_grad():
+        nats = []
+        for frame in range(
+            1, data.num_frames
+        ):  # each frame alone, behind the context of its window
+            start, first, _ = next(w for w in windows(data.num_frames, 8) if w[1] <= frame < w[2])
+            nats.append(model(flatten(data.codes(start, frame + 1 - start)[None], 15))[0, -1])
+    expected = torch.stack(nats).mean(dim=0)
+    for result in results:
+        assert result["frames"] == data.num_frames - 1
+        assert result["nats_per_codebook"] == pytest.approx(expected.tolist(), abs=1e-5)
+        assert result["nats_per_frame"] == pytest.approx(expected.sum().item(), abs=1e-5)
+        assert result["bits_per_second"] == pytest.approx(expected.sum().item() / np.log(2) * 12.5)
+
+
+def trials(count: int) -> list[Trial]:
+    """Of four groups; the clips of a group hold its own code and differ in length."""
+    rng = np.random.default_rng(0)
+
+    def clip(code: int) -> torch.Tensor:
+        return torch.full((2, int(rng.integers(3, 9))), code)
+
+    pairs = [rng.choice(4, 2, replace=False) for _ in range(count)]
+    return [
+        Trial((clip(a), clip(a)), (clip(b), clip(b)), (f"group {a}", f"group {b}"))
+        for a, b in pairs
+    ]
+
+
+def listener(own: float, other: float, pieces):
+    """A model that gives the second codebook `own` nats where a frame is like the first frame."""
+    for codes, first in pieces:
+        alike = (codes[1, first:] == codes[1, 0]).double()
+        yield torch.stack([torch.ones_like(alike), alike * own + (1 - alike) * other], dim=1)
+
+
+def test_a_prefix_swap_hears_what_the_model_hears():
+    for own, other, accuracy in ((1.0, 1.5, 1.0), (1.5, 1.0, 0.0), (1.0, 1.0, 0.5)):
+        result = prefix_swap(partial(listener, own, other), trials(40), 5, 0, "test")
+        assert result["accuracy"] == accuracy and result["interval"] == [accuracy] * 2
+        assert result["margin_per_codebook"] == [0.0, 2 * (other - own)]
+        assert result["margin"] == other - own
+        assert result["trials"] == 40 and result["groups"] == 4
+
+
+def test_a_suffix_is_compared_with_itself_at_the_same_place():
+    seen = []
+
+    def score(pieces):
+        for codes, first in pieces:
+            seen.append((codes, first))
+            yield torch.zeros(codes.shape[1] - first, 2)
+
+    prefix_swap(score, trials(10), 4, 0, "test")
+    for i in range(0, 40, 4):
+        assert len({(first, codes.shape[1]) for codes, first in seen[i : i + 4]}) == 1
+        first = seen[i][1]
+        suffixes = [codes[:, first:] for codes, _ in seen[i : i + 4]]
+        prefixes = [codes[:, :first] for codes, _ in seen[i : i + 4]]
+        assert torch.equal(suffixes[0], suffixes[1]) and torch.equal(suffixes[2], suffixes[3])
+        assert torch.equal(prefixes[0], prefixes[3]) and torch.equal(prefixes[1], prefixes[2])
+        assert first <= 4 and suffixes[0].shape[1] <= 4
+
+
+def test_the_bootstrap_over_single_trials_is_the_binomial_interval():
+    right = (np.arange(400) % 4 > 0).astype(float)  # 75%
+    low, high = bootstrap(right, [(str(i),) for i in range(400)], seed=0)
+    error = 1.96 * np.sqrt(0.75 * 0.25 / 400)
+    assert (low, high) == pytest.approx((0.75 - error, 0.75 + error), abs=0.01)
+    assert [low, high] == bootstrap(right, [(str(i),) for i in range(400)], seed=0)
+
+
+def test_the_bootstrap_over_groups_knows_that_trials_of_a_group_agree():
+    right = np.repeat(np.arange(20) % 4 > 0, 20).astype(
+        float
+    )  # groups are right or wrong as a whole
+    low, high = bootstrap(right, [(str(i // 20),) for i in range(400)], seed=0)
+    error = 1.96 * np.sqrt(0.75 * 0.25 / 20)
+    assert (low, high) == pytest.approx((0.75 - error, 0.75 + error), abs=0.05)

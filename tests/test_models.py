@@ -1,0 +1,152 @@
+"""The laws of both models: FlatLM and HierarchicalLM pass the same tests."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from nanomimi.sampling import sample
+from nanomimi.tokens import flatten, separator
+from tests.conftest import small_model
+
+greedy = partial(sample, temperature=0)
+END = 7
+
+
+def start(batch: int = 1) -> torch.Tensor:
+    return separator(3, END).expand(batch, 3, 1)
+
+
+def random_codes(batch: int, frames: int) -> torch.Tensor:
+    return torch.randint(0, END, (batch, 3, frames), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("arch", ["flat", "hierarchical"])
+def test_a_fresh_model_starts_at_the_logarithm_of_the_number_of_classes(arch):
+    torch.manual_seed(0)
+    fresh = small_model(arch, num_codebooks=4, max_frames=8, n_embd=64)
+    nats = fresh(flatten(torch.randint(0, END, (8, 4, 9)), END))
+    assert nats.shape == (8, 8, 4)
+    assert abs(nats.mean().item() - math.log(8)) < 0.05
+
+
+def test_no_token_informs_its_own_prediction_or_an_earlier_one(model):
+    """And every token informs all later ones: code q of a frame sees the codes before q in it."""
+    tokens = flatten(random_codes(1, 6), END)
+    plain = model(tokens).detach().flatten()
+    for n in range(18):
+        changed = tokens.clone()
+        q = n % 3
+        changed[0, n] = q * 8 + (tokens[0, n] % 8 + 1) % 7
+        difference = (model(changed).detach().flatten() - plain).abs()
+        own = max(0, n - 3)  # the first frame is not predicted
+        assert (difference[:own] == 0).all()
+        assert difference[own:].min() > 0
+
+
+def likeliest(model: nn.Module, codes: torch.Tensor, frames: int) -> torch.Tensor:
+    """Codes and their continuation by the likeliest code each, found by scoring all candidates."""
+    for _ in range(frames):
+        codes = torch.cat([codes, torch.zeros(len(codes), 3, 1, dtype=torch.long)], dim=2)
+        for q in range(3):
+            nats = []
+            for candidate in range(END):
+                codes[:, q, -1] = candidate
+                nats.append(model(flatten(codes, END))[:, -1, q])
+            codes[:, q, -1] = torch.stack(nats).argmin(dim=0)
+    return codes
+
+
+def without_end(logits: torch.Tensor) -> torch.Tensor:
+    return logits[:, :END].argmax(-1)
+
+
+@torch.no_grad()
+def test_cached_generation_equals_recomputed_likelihood(model):
+    prompt = torch.cat([start(2), random_codes(2, 2)], dim=2)
+    frames = torch.stack(list(model.generate(prompt, 5, without_end)), dim=2)
+    assert torch.equal(torch.cat([prompt, frames], dim=2), likeliest(model, prompt, 5))
+
+
+@torch.no_grad()
+def test_the_logits_of_generation_are_those_of_the_likelihood(model):
+    seen = []
+
+    def forced(logits: torch.Tensor) -> torch.Tensor:
+        t, q = divmod(len(seen), 3)
+        seen.append(logits.log_softmax(-1))
+        return codes[:, q, 2 + t]
+
+    codes = random_codes(2, 6)
+    list(model.generate(codes[:, :, :2], 4, forced))
+    chosen = [
+        -seen[3 * t + q].gather(1, codes[:, q, 2 + t, None])[:, 0]
+        for t in range(4)
+        for q in range(3)
+    ]
+    nats = model(flatten(codes, END))[:, 1:]
+    # Codebook 0 may draw END, the others may not: what END would take is shared by the rest.
+    first = torch.stack(chosen[::3], dim=1)
+    torch.testing.assert_close(first, nats[:, :, 0])
+    assert (torch.stack(chosen, dim=1) <= nats.flatten(1) + 1e-5).all()
+
+
+@torch.no_grad()
+def test_generation_goes_on_past_the_context_with_its_newest_half(model):
+    prompt = random_codes(1, 8)  # fills the context
+    frames = torch.stack(list(model.generate(prompt, 12, without_end)), dim=2)
+    everything = torch.cat([prompt, frames], dim=2)
+    assert frames.shape == (1, 3, 12)
+    # The cache holds max_frames + 1 = 9 frames: full after 9, it starts anew from the newest 4.
+    assert torch.equal(everything[:, :, :9], likeliest(model, prompt, 1))
+    assert torch.equal(everything[:, :, 5:14], likeliest(model, everything[:, :, 5:9], 5))
+
+
+def test_rows_of_a_batch_do_not_disturb_each_other(model):
+    prompts = random_codes(4, 3)
+    together = torch.stack(list(model.generate(prompts, 4, without_end)), dim=2)
+    for row in range(4):
+        alone = torch.stack(list(model.generate(prompts[row : row + 1], 4, without_end)), dim=2)
+        assert torch.equal(together[row], alone[0])
+
+
+def test_end_finishes_its_row_and_never_stands_inside_a_frame(model):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(logits: torch.Tensor) -> torch.Tensor:
+        likely = logits.clone()
+        likely[:, END] += logits[:, :END].amax(dim=1)  # where END is illegal, -inf stays
+        return sample(likely, temperature=2.0, generator=generator)
+
+    frames = torch.stack(list(model.generate(start(64), 30, draw)), dim=2)
+    ended = frames == END
+    assert ended[:, 0].any(dim=1).float().mean() > 0.5
+    assert torch.equal(ended[:, 0], ended[:, 1]) and torch.equal(ended[:, 0], ended[:, 2])
+    assert not (ended[:, 0, :-1] & ~ended[:, 0, 1:]).any()
+
+
+def test_generation_stops_when_every_row_has_ended(model):
+    ends = lambda logits: torch.full((len(logits),), END)
+    frames = list(model.generate(start(3), 10, ends))
+    assert len(frames) == 1 and (frames[0] == END).all()
+
+
+@pytest.mark.parametrize("arch", ["flat", "hierarchical"])
+def test_a_batch_is_overfitted_and_recited(arch):
+    torch.manual_seed(0)
+    model = small_model(arch, 3, 12, n_kv_head=4, n_embd=64, n_hidden=128)
+    # The first frames differ, so that every recitation has one right continuation.
+    codes = torch.randint(0, END, (4, 3, 10))
+    codes[:, 0, 0] = torch.arange(4)
+    codes = torch.cat([start(4), codes, start(4)], dim=2)
+    tokens, optimizer = flatten(codes, END), torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = model(tokens)[:, 1:].mean()  # what follows the first frame is certain
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.02
+    recited = torch.stack(list(model.generate(codes[:, :, :2], 20, greedy)), dim=2)
+    assert torch.equal(recited, codes[:, :, 2:])
