@@ -1,6 +1,9 @@
 """Step 0, files <-> wav: mono samples at the codec's rate. The only file that imports sphn."""
 
+import contextlib
 import functools
+import sys
+import wave
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import numpy as np
 import sphn
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus")
+PIPE = Path("-")  # standard output in the place of a file
 CHUNK_SECONDS = 10  # what is read and encoded at once: memory stays constant however long the audio
 
 
@@ -65,7 +69,28 @@ def resample(wav: np.ndarray, source: int, target: int) -> np.ndarray:
 
 def write_wav(path: Path, wav: np.ndarray, sample_rate: int) -> None:
     """Write (S,) float32 in [-1, 1] as 16-bit wav."""
-    sphn.write_wav(str(path), np.clip(wav, -1, 1), sample_rate)
+    with open_wav(path, sample_rate) as write:
+        write(wav)
+
+
+@contextlib.contextmanager
+def open_wav(path: Path, sample_rate: int) -> Iterator[Callable[[np.ndarray], None]]:
+    """Gives a function that appends (S,) float32 to a 16-bit wav, or to standard output (PIPE).
+
+    Standard output gets the samples alone, little-endian, at once: what players call s16le.
+    """
+
+    def pcm(wav: np.ndarray) -> bytes:
+        return (np.clip(wav, -1, 1) * 32767).round().astype("<i2").tobytes()
+
+    if path == PIPE:
+        yield lambda wav: (sys.stdout.buffer.write(pcm(wav)), sys.stdout.buffer.flush())
+        return
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(sample_rate)
+        yield lambda wav: file.writeframesraw(pcm(wav))
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange
+from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 
 from nanomimi.llama import KVCache, Llama, LlamaConfig
@@ -69,22 +69,30 @@ class FlatLM(nn.Module):
 
     @torch.inference_mode()
     def generate(
-        self, prompt: Tensor, num_frames: int, sample: Callable[[Tensor], Tensor]
+        self,
+        prompt: Tensor,
+        num_frames: int,
+        sample: Callable[[Tensor], Tensor],
+        num_samples: int = 1,
     ) -> Iterator[Tensor]:
         """Continue prompt, codes (B, Q, T), by up to `num_frames` frames (B, Q), one at a time.
 
         The prompt's first frame is usually the separator (tokens.separator), alone for
         unconditional samples. `sample` maps logits (B, V) to codes (B,). A row that draws END is
         finished: it is END from there on, and generation stops when all rows are. Beyond max_frames
-        the newest half of the context is kept.
+        the newest half of the context is kept. With `num_samples` every row is continued as often,
+        by neighbouring rows of the (B * num_samples, Q) frames, and prefilled once.
         """
-        tokens = flatten(prompt, self.codebook_size)
+        tokens = flatten(prompt, self.codebook_size)[:, -self.max_frames * self.num_codebooks :]
+        cache, state = self._prefill(tokens)
+        cache.repeat(num_samples)
+        tokens = repeat(tokens, "b n -> (b s) n", s=num_samples)
+        state = repeat(state[:, -1:], "b n c -> (b s) n c", s=num_samples)
         finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-        cache: KVCache | None = None
         for _ in range(num_frames):
-            if cache is None or cache.length == cache.max_positions:
-                keep = self.max_frames if cache is None else max(1, self.max_frames // 2)
-                tokens = tokens[:, -keep * self.num_codebooks :]
+            if cache.length == cache.max_positions:
+                keep = max(1, self.max_frames // 2) * self.num_codebooks
+                tokens = tokens[:, -keep:]
                 cache, state = self._prefill(tokens)
             frame, state = self._next_frame(state, cache, finished, sample)
             tokens = torch.cat([tokens, frame], dim=1)

@@ -71,6 +71,10 @@ class KVCache:
         values[:, :, self.length : end] = v
         return keys[:, :, :end], values[:, :, :end]
 
+    def repeat(self, count: int) -> None:
+        """Let every row stand `count` times, so that continuations of it share one prefill."""
+        self.store = self.store.repeat_interleave(count, dim=2)
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight (arXiv 1910.07467)."""

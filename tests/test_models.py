@@ -1,6 +1,7 @@
 """The laws of both models: FlatLM and HierarchicalLM pass the same tests."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -110,6 +111,19 @@ def test_rows_of_a_batch_do_not_disturb_each_other(model):
     for row in range(4):
         alone = torch.stack(list(model.generate(prompts[row : row + 1], 4, without_end)), dim=2)
         assert torch.equal(together[row], alone[0])
+
+
+def test_continuations_of_one_prompt_are_as_if_each_had_been_prefilled(model):
+    prompts = random_codes(2, 8)  # fills the context, so that it is left behind on the way
+
+    def draw() -> Callable[[torch.Tensor], torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        return lambda logits: sample(logits[:, :END], temperature=3.0, generator=generator)
+
+    shared = list(model.generate(prompts, 12, draw(), num_samples=3))
+    alone = list(model.generate(prompts.repeat_interleave(3, dim=0), 12, draw()))
+    assert shared[0].shape == (6, 3) and len({tuple(row.tolist()) for row in shared[5]}) > 2
+    assert torch.equal(torch.stack(shared), torch.stack(alone))
 
 
 def test_end_finishes_its_row_and_never_stands_inside_a_frame(model):

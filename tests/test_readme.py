@@ -32,7 +32,10 @@ def commands() -> list[str]:
     """Every command of the README that starts one of ours, in blocks and in running text."""
     pieces = re.findall(r"```bash\n(.*?)```", README, re.S) + re.findall(r"`([^`\n]+)`", README)
     lines = [
-        part.strip() for piece in pieces for line in piece.splitlines() for part in line.split("&&")
+        part.strip()
+        for piece in pieces
+        for line in piece.splitlines()
+        for part in re.split(r"&&| \| ", line)
     ]
     return [
         line

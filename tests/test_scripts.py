@@ -102,6 +102,34 @@ def test_samples_repeat_with_the_seed_and_change_with_it(story, tmp_path):
     assert bytes_of("a", seed=1) == bytes_of("b", seed=1) != bytes_of("c", seed=2)
 
 
+def samples_of(path: Path) -> np.ndarray:
+    with wave.open(str(path)) as file:
+        return np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(int)
+
+
+def test_streamed_wavs_are_those_decoded_at_the_end(story, tmp_path):
+    flags = dict(
+        run=story / "run", prompt=DIANA, prompt_seconds=0.5, num_samples=6, temperature=2.0
+    )
+    whole, streamed = (
+        sample(SampleConfig(**flags, top_k=0, seconds=8, stream=s, out=tmp_path / str(s)))
+        for s in (False, True)
+    )
+    lengths = {len(samples_of(path)) for path in whole}
+    assert len(lengths) > 1  # some rows end before the others
+    for a, b in zip(map(samples_of, whole), map(samples_of, streamed), strict=True):
+        assert len(a) == len(b) and np.abs(a - b).max() <= 2  # of 32768
+
+
+def test_a_stream_to_standard_output_is_the_samples_alone(story, tmp_path):
+    flags = ["--run", story / "run", "--stream", "--num_samples", 1, "--seconds", 2]
+    assert script("sample.py", *flags, "--out", tmp_path).returncode == 0
+    command = [sys.executable, "sample.py", *map(str, flags), "--out", "-"]
+    piped = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    assert np.array_equal(np.frombuffer(piped.stdout, "<i2"), samples_of(tmp_path / "sample-0.wav"))
+    assert b"x real time" in piped.stderr
+
+
 def test_samples_go_on_past_the_context(story, tmp_path):
     config = SampleConfig(
         run=story / "run",
@@ -244,6 +272,7 @@ def wrong(tmp_path_factory, story) -> dict[str, Path]:
         ("sample.py --run {story}/run --codec {mimi}", "is not the one that"),
         ("sample.py --run {story}/run --out {folder}/file/s", "Not a directory"),
         ("sample.py --seconds ten", "invalid float value"),
+        ("sample.py --run {story}/run --out -", "needs --stream --num_samples 1"),
         ("evaluate.py --run {folder}/nowhere", "is not a run"),
         ("evaluate.py --run {story}/run --data {folder}/nowhere", "run python prepare.py"),
         ("evaluate.py --run {story}/run --codec {mimi}", "another codec than"),
