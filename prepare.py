@@ -15,12 +15,13 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from nanomimi.audio import audio_files, read_chunks
 from nanomimi.codec import Codec
-from nanomimi.config import Config, argument, option, resolve_device, run
-from nanomimi.data import DatasetWriter, Split
+from nanomimi.config import Config, Processes, argument, join_processes, option, resolve_device, run
+from nanomimi.data import DatasetWriter, Split, merge
 from nanomimi.tiny import digits
 
 
@@ -45,18 +46,26 @@ def prepare(config: PrepareConfig) -> None:
             f"no audio (wav, flac, mp3, ogg, opus) in {', '.join(map(str, config.audio))}"
         )
     splits = _split(files, config)
-    codec = Codec.load(
-        config.codec or ("mimi" if files else "tiny"),
-        config.num_codebooks,
-        resolve_device(config.device),
-    )
-    start = time.time()
     out = config.out or Path("data") / (
         config.audio[0].resolve().stem if config.audio else "digits"
     )
-    with DatasetWriter(out, codec) as writer:
-        skipped = _files(files, splits, codec, writer) if files else _digits(config, codec, writer)
-        print("\n".join(skipped), end="\n" if skipped else "")
+    source = config.codec or ("mimi" if files else "tiny")
+    start = time.time()
+    with join_processes(resolve_device(config.device)) as processes:
+        codec = Codec.load(source, config.num_codebooks, processes.device)
+        parts = [out / f"part-{rank}" for rank in range(processes.count)]
+        alone = processes.count == 1
+        with DatasetWriter(out if alone else parts[processes.rank], codec, not alone) as writer:
+            skipped = _share(files, splits, config, codec, writer, processes)
+        if not alone:
+            shares: list[list[str]] = [[]] * processes.count
+            dist.all_gather_object(shares, skipped)  # and so nobody merges before all are done
+            if processes.rank > 0:
+                return
+            skipped = [line for share in shares for line in share]
+            with DatasetWriter(out, codec) as writer:
+                merge(parts, writer)
+    print("\n".join(skipped), end="\n" if skipped else "")
     print(
         f"{out}: {writer.utterances['train']} utterances for training, "
         f"{writer.utterances['val']} for validation, {writer.seconds / 3600:.2f} h "
@@ -65,12 +74,30 @@ def prepare(config: PrepareConfig) -> None:
     )
 
 
+def _share(
+    files: list[Path],
+    splits: list[Split],
+    config: PrepareConfig,
+    codec: Codec,
+    writer: DatasetWriter,
+    processes: Processes,
+) -> list[str]:
+    """Encode this process's share: consecutive files, so that the parts in order are the whole."""
+    if not files:
+        # A composed utterance depends on all before it; the codec is quick enough for one process.
+        return _digits(config, codec, writer) if processes.rank == 0 else []
+    first, end = (
+        len(files) * rank // processes.count for rank in (processes.rank, processes.rank + 1)
+    )
+    return _files(files[first:end], splits[first:end], codec, writer, silent=processes.rank > 0)
+
+
 def _files(
-    files: list[Path], splits: list[Split], codec: Codec, writer: DatasetWriter
+    files: list[Path], splits: list[Split], codec: Codec, writer: DatasetWriter, silent: bool
 ) -> list[str]:
     """Encode files; returns a line for each that could not be read."""
     skipped = []
-    with tqdm(total=len(files), unit="file") as bar:
+    with tqdm(total=len(files), unit="file", disable=silent) as bar:
         for file, split in zip(files, splits):
             try:
                 codes = codec.encode_chunks(read_chunks(file, codec.sample_rate))

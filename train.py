@@ -13,9 +13,7 @@ of codebooks.
 import contextlib
 import json
 import math
-import os
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +24,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nanomimi import checkpoint
-from nanomimi.config import Config, option, parse, resolve_device, resolve_dtype, run
+from nanomimi.config import (
+    Config,
+    Processes,
+    join_processes,
+    option,
+    parse,
+    resolve_device,
+    resolve_dtype,
+    run,
+)
 from nanomimi.data import TokenDataset
 from nanomimi.hierarchical import csm_depth
 from nanomimi.likelihood import in_units
@@ -91,11 +98,8 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 def train(config: TrainConfig) -> dict[str, Any]:
     """Train until max_steps; returns the last evaluation. Raises ValueError for unfit settings."""
-    device = resolve_device(config.device)
-    with _processes(device) as processes:
-        if device.type == "cuda" and processes.count > 1:
-            device = torch.device("cuda", processes.local_rank)
-            torch.cuda.set_device(device)
+    with join_processes(resolve_device(config.device)) as processes:
+        device = processes.device
         dtype = resolve_dtype(config.dtype, device)
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         train_set, val_batches = _data(config, processes)
@@ -155,20 +159,11 @@ def evaluate(model: nn.Module, batches: list[Tensor], meta: dict[str, Any]) -> d
     return in_units(nats, meta)
 
 
-@dataclass(frozen=True)
-class _Processes:
-    """This process's place among those that torchrun started."""
-
-    rank: int = 0
-    count: int = 1
-    local_rank: int = 0
-
-
 class _Log:
     """Lines of fixed width on the terminal, and log.jsonl; the first process alone speaks."""
 
     def __init__(
-        self, config: TrainConfig, processes: _Processes, about: dict[str, Any], start: int
+        self, config: TrainConfig, processes: Processes, about: dict[str, Any], start: int
     ) -> None:
         self.config, self.silent = config, processes.rank > 0
         self.frames = config.batch_size * config.grad_accum * config.max_frames  # per step
@@ -224,21 +219,7 @@ class _Log:
                 file.write(json.dumps(line) + "\n")
 
 
-@contextlib.contextmanager
-def _processes(device: torch.device) -> Iterator[_Processes]:
-    """Joins the processes that torchrun started, or stands alone."""
-    if "RANK" not in os.environ:
-        yield _Processes()
-        return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        local_rank = int(os.environ["LOCAL_RANK"])
-        yield _Processes(dist.get_rank(), dist.get_world_size(), local_rank)
-    finally:
-        dist.destroy_process_group()
-
-
-def _data(config: TrainConfig, processes: _Processes) -> tuple[TokenDataset, list[Tensor]]:
+def _data(config: TrainConfig, processes: Processes) -> tuple[TokenDataset, list[Tensor]]:
     """The training set and the fixed validation batches, or ValueError where they do not fit."""
     if config.batch_size % processes.count:
         raise ValueError(
@@ -253,7 +234,7 @@ def _data(config: TrainConfig, processes: _Processes) -> tuple[TokenDataset, lis
     )
 
 
-def _batch(data: TokenDataset, index: int, config: TrainConfig, processes: _Processes) -> Tensor:
+def _batch(data: TokenDataset, index: int, config: TrainConfig, processes: Processes) -> Tensor:
     return data.train_batch(
         index, config.batch_size, config.max_frames, config.seed, processes.rank, processes.count
     )

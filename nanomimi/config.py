@@ -11,16 +11,19 @@ cases.
 """
 
 import argparse
+import contextlib
+import os
 import sys
 import time
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+import torch.distributed as dist
 
 C = TypeVar("C", bound="Config")
 
@@ -135,6 +138,31 @@ def resolve_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {name} cannot be used ({reason}); try --device cpu") from None
     return torch.device(name)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's place among those that torchrun started, and the device it works on."""
+
+    device: torch.device
+    rank: int = 0
+    count: int = 1
+
+
+@contextlib.contextmanager
+def join_processes(device: torch.device) -> Iterator[Processes]:
+    """Joins the processes that torchrun started, each with a GPU of its own, or stands alone."""
+    if "RANK" not in os.environ:
+        yield Processes(device)
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Processes(device, dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

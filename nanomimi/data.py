@@ -7,6 +7,8 @@ data/NAME/utterances.jsonl     per utterance: split, file, group, first_frame, n
 
 import functools
 import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Literal
@@ -30,8 +32,9 @@ class DatasetWriter:
         writer.add("train", codes, file="anna/1.wav", group="anna")
     """
 
-    def __init__(self, out: Path, codec: Codec) -> None:
-        self.out, self.codec = out, codec
+    def __init__(self, out: Path, codec: Codec, part: bool = False) -> None:
+        """`part`: one process's share of a data folder, which may lack a split; see merge."""
+        self.out, self.codec, self.part = out, codec, part
         largest_id = codec.num_codebooks * (codec.codebook_size + 1) - 1
         self.dtype = np.dtype(np.uint16 if largest_id < 2**16 else np.uint32)
         self.frames = dict.fromkeys(SPLITS, 0)
@@ -73,7 +76,7 @@ class DatasetWriter:
         for file in (*self._bins.values(), self._index):
             file.close()
         names = [f"{s}.bin" for s in SPLITS] + ["utterances.jsonl", "meta.json"]
-        empty = [s for s in SPLITS if not self.utterances[s]]
+        empty = [s for s in SPLITS if not self.utterances[s] and not self.part]
         if kind is not None or empty:
             for name in names:
                 self._new(name).unlink(missing_ok=True)
@@ -119,6 +122,16 @@ class DatasetWriter:
         return self.out / f"{name}.tmp"
 
 
+def merge(parts: Sequence[Path], writer: DatasetWriter) -> None:
+    """Append the utterances of data folders, in order, and delete the folders."""
+    for part in parts:
+        data = {split: TokenDataset(part, split) for split in SPLITS}
+        for line in _utterances(part):
+            codes = data[line["split"]].codes(line["first_frame"], line["num_frames"])
+            writer.add(line["split"], codes, line["file"], line["group"])
+        shutil.rmtree(part)
+
+
 class TokenDataset:
     """One split of a data folder, seen through its first `num_codebooks` codebooks (0: all).
 
@@ -156,9 +169,7 @@ class TokenDataset:
 
     def utterances(self) -> list[dict[str, Any]]:
         """The split's lines of utterances.jsonl: file, group, first_frame, num_frames."""
-        with open(self.path.parent / "utterances.jsonl") as index:
-            lines = (json.loads(line) for line in index)
-            return [line for line in lines if line["split"] == self.path.stem]
+        return [line for line in _utterances(self.path.parent) if line["split"] == self.path.stem]
 
     def train_batch(
         self,
@@ -222,6 +233,11 @@ def read_meta(folder: Path) -> dict[str, Any]:
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise ValueError(f"{path} is not of format {FORMAT}; prepare the data again")
     return meta
+
+
+def _utterances(folder: Path) -> list[dict[str, Any]]:
+    with open(folder / "utterances.jsonl") as index:
+        return [json.loads(line) for line in index]
 
 
 @functools.lru_cache(maxsize=2)

@@ -1,6 +1,7 @@
 """The scripts as a user runs them: the offline story in small, and a newcomer's mistakes."""
 
 import json
+import os
 import subprocess
 import sys
 import wave
@@ -173,6 +174,26 @@ def test_a_folder_of_any_audio_is_prepared_and_bad_files_are_listed(random_mimi,
         for side in ("train", "val")
     }
     assert len(sides["train"]) == len(sides["val"]) == 1 and not sides["train"] & sides["val"]
+
+
+def test_several_processes_prepare_the_bytes_of_one(random_mimi, tmp_path):
+    for i in range(7):
+        (tmp_path / "in" / f"speaker{i % 2}").mkdir(parents=True, exist_ok=True)
+        path = tmp_path / "in" / f"speaker{i % 2}" / f"{i}.wav"
+        write_wav(path, tone(0.5 + i / 4, 16000, hz=200 + 50 * i), 16000)
+    (tmp_path / "in" / "speaker0" / "bad.wav").write_text("this is no audio")
+    flags = ["prepare.py", tmp_path / "in", "--codec", random_mimi, "--num_codebooks", "6"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+    for launch, out in (([], "one"), (torchrun, "three")):
+        command = [sys.executable, *launch, *flags, "--out", tmp_path / out, "--device", "cpu"]
+        threads = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=threads, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "1 of 8 files skipped" in done.stdout
+    names = ["meta.json", "train.bin", "utterances.jsonl", "val.bin"]
+    assert sorted(path.name for path in (tmp_path / "three").iterdir()) == names
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "three" / name).read_bytes()
 
 
 def test_the_same_file_is_never_on_both_sides(random_mimi, tmp_path):
