@@ -8,14 +8,22 @@ Audio is wav, flac, mp3, ogg or opus of any rate, mono or stereo. A file's group
 folder: the speaker in most corpora. Files that cannot be read are listed at the end.
 """
 
+import contextlib
+import os
+import queue
 import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 
 from nanomimi.audio import audio_files, read_chunks
@@ -45,7 +53,7 @@ def prepare(config: PrepareConfig) -> None:
         raise ValueError(
             f"no audio (wav, flac, mp3, ogg, opus) in {', '.join(map(str, config.audio))}"
         )
-    splits = _split(files, config)
+    _split(files, config)  # what cannot be split fails before the codec is loaded
     out = config.out or Path("data") / (
         config.audio[0].resolve().stem if config.audio else "digits"
     )
@@ -56,7 +64,7 @@ def prepare(config: PrepareConfig) -> None:
         parts = [out / f"part-{rank}" for rank in range(processes.count)]
         alone = processes.count == 1
         with DatasetWriter(out if alone else parts[processes.rank], codec, not alone) as writer:
-            skipped = _share(files, splits, config, codec, writer, processes)
+            skipped = _share(files, config, codec, writer, processes)
         if not alone:
             shares: list[list[str]] = [[]] * processes.count
             dist.all_gather_object(shares, skipped)  # and so nobody merges before all are done
@@ -74,51 +82,94 @@ def prepare(config: PrepareConfig) -> None:
     )
 
 
+@dataclass(frozen=True)
+class Recording:
+    """What becomes one utterance; `chunks` reads its pieces (S,)."""
+
+    split: Split
+    file: str
+    group: str
+    chunks: Callable[[], Iterable[np.ndarray]]
+
+
+def _files(files: list[Path], splits: list[Split], sample_rate: int) -> Iterator[Recording]:
+    for file, split in zip(files, splits):
+        chunks = partial(read_chunks, file, sample_rate)
+        yield Recording(split, file=str(file), group=str(file.parent), chunks=chunks)
+
+
+def _digits(config: PrepareConfig) -> Iterator[Recording]:
+    """Composed counting; a voice is a group, and the file's name tells what it says."""
+    for u in digits.utterances(config.hours, config.val_fraction, config.seed):
+        name = f"{u.voice} {''.join(map(str, u.digits))}"
+        yield Recording(u.split, file=name, group=u.voice, chunks=lambda wav=u.wav: [wav])
+
+
 def _share(
-    files: list[Path],
-    splits: list[Split],
-    config: PrepareConfig,
-    codec: Codec,
-    writer: DatasetWriter,
-    processes: Processes,
+    files: list[Path], config: PrepareConfig, codec: Codec, writer: DatasetWriter, by: Processes
 ) -> list[str]:
-    """Encode this process's share: consecutive files, so that the parts in order are the whole."""
+    """Encode this process's share of all; returns a line for each file that could not be read.
+
+    The shares are consecutive files, so that the parts, one behind another, are the whole.
+    """
+    first, end = (len(files) * rank // by.count for rank in (by.rank, by.rank + 1))
+    recordings = _files(files[first:end], _split(files, config)[first:end], codec.sample_rate)
+    total, unit = end - first, "file"
     if not files:
-        # A composed utterance depends on all before it; the codec is quick enough for one process.
-        return _digits(config, codec, writer) if processes.rank == 0 else []
-    first, end = (
-        len(files) * rank // processes.count for rank in (processes.rank, processes.rank + 1)
-    )
-    return _files(files[first:end], splits[first:end], codec, writer, silent=processes.rank > 0)
-
-
-def _files(
-    files: list[Path], splits: list[Split], codec: Codec, writer: DatasetWriter, silent: bool
-) -> list[str]:
-    """Encode files; returns a line for each that could not be read."""
+        # A composed utterance depends on all before it, so the first process makes them all.
+        recordings, total, unit = _digits(config), round(config.hours * 3600), "s"
+        if by.rank > 0:
+            return []
     skipped = []
-    with tqdm(total=len(files), unit="file", disable=silent) as bar:
-        for file, split in zip(files, splits):
-            try:
-                codes = codec.encode_chunks(read_chunks(file, codec.sample_rate))
-            except (ValueError, OSError) as error:
-                skipped.append(f"skipped: {error}")
+    with tqdm(total=total, unit=unit, disable=by.rank > 0) as bar:
+        for recording, codes in _encoded(recordings, codec, by):
+            if isinstance(codes, Tensor):
+                writer.add(recording.split, codes, recording.file, recording.group)
             else:
-                writer.add(split, codes, file=str(file), group=str(file.parent))
-            _advance(bar, 1, writer)
+                skipped.append(f"skipped: {codes}")
+            _advance(bar, 1 if files else int(writer.seconds) - bar.n, writer)
     return skipped
 
 
-def _digits(config: PrepareConfig, codec: Codec, writer: DatasetWriter) -> list[str]:
-    """Compose and encode counting; a voice is a group, and the file's name tells what it says."""
-    with tqdm(total=round(config.hours * 3600), unit="s") as bar:
-        for u in digits.utterances(config.hours, config.val_fraction, config.seed):
-            codes = codec.encode(torch.from_numpy(u.wav)[None, None])[0]
-            writer.add(
-                u.split, codes, file=f"{u.voice} {''.join(map(str, u.digits))}", group=u.voice
-            )
-            _advance(bar, int(writer.seconds) - bar.n, writer)
-    return []
+def _encoded(
+    recordings: Iterator[Recording], codec: Codec, by: Processes
+) -> Iterator[tuple[Recording, Tensor | Exception]]:
+    """Codes (Q, T) of every recording, in order, or why there are none.
+
+    A clip keeps one core busy, not many: on a CPU a thread per core has a codec of its own.
+    """
+    cores = max(1, (os.cpu_count() or 1) // by.count) if by.device.type == "cpu" else 1
+    codecs: queue.SimpleQueue[Codec] = queue.SimpleQueue()
+    for own in [codec, *(codec.twin() for _ in range(cores - 1))]:
+        codecs.put(own)
+
+    def encode(recording: Recording) -> tuple[Recording, Tensor | Exception]:
+        own = codecs.get()
+        try:
+            return recording, own.encode_chunks(recording.chunks())
+        except (ValueError, OSError) as error:
+            return recording, error
+        finally:
+            codecs.put(own)
+
+    with _threads_of_torch(1 if cores > 1 else None), ThreadPoolExecutor(cores) as pool:
+        waiting = deque()
+        for recording in recordings:
+            waiting.append(pool.submit(encode, recording))
+            if len(waiting) > 2 * cores:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+@contextlib.contextmanager
+def _threads_of_torch(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _advance(bar: tqdm, amount: int, writer: DatasetWriter) -> None:

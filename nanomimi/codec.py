@@ -8,6 +8,7 @@ earlier ones left over.
 import contextlib
 import copy
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
@@ -69,6 +70,11 @@ class Codec:
             ) from None
         return cls(mimi, source, hashlib.sha256(path.read_bytes()).hexdigest())
 
+    def twin(self) -> "Codec":
+        """The same weights with a streaming state of its own, to be used by another thread."""
+        shared = {id(t): t for t in (*self.mimi.parameters(), *self.mimi.buffers())}
+        return Codec(copy.deepcopy(self.mimi, shared), self.name, self.sha256)
+
     @torch.inference_mode()
     def encode(self, wav: Tensor) -> Tensor:
         """(B, 1, S) float32 in [-1, 1] -> codes (B, Q, T) int64, T = ceil(S / frame_size).
@@ -90,7 +96,12 @@ class Codec:
     @torch.inference_mode()
     def encode_chunks(self, chunks: Iterable[np.ndarray]) -> Tensor:
         """Consecutive pieces (S,) of one recording -> codes (Q, T), in constant memory."""
-        codes, rest = [], np.zeros(0, np.float32)
+        chunks = iter(chunks)
+        begin = list(itertools.islice(chunks, 2))
+        if len(begin) == 1:
+            # Setting up a stream takes as long as encoding a word.
+            return self.encode(rearrange(torch.from_numpy(begin[0]), "s -> 1 1 s"))[0]
+        chunks, codes, rest = itertools.chain(begin, chunks), [], np.zeros(0, np.float32)
         with self._streaming(1):
             for chunk in chunks:
                 rest = np.concatenate([rest, chunk])

@@ -2,6 +2,7 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,19 @@ def test_long_recordings_are_encoded_and_decoded_piecewise_without_a_difference(
     torch.testing.assert_close(
         random_codec.decode(codes), random_codec.mimi.decode(codes), atol=1e-5, rtol=0
     )
+
+
+def test_twins_encode_in_threads_as_one_codec_alone(random_codec):
+    rate = random_codec.sample_rate
+    wavs = [0.1 * torch.randn(seconds * rate).numpy() for seconds in (1, 25, 3, 12, 31, 2)]
+    pieces = [np.array_split(wav, len(wav) // (9 * rate) + 1) for wav in wavs]
+    twins = [random_codec.twin() for _ in wavs]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(lambda twin, p: twin.encode_chunks(iter(p)), twins, pieces))
+    for codes, wav in zip(together, wavs):
+        assert torch.equal(codes, random_codec.encode(torch.from_numpy(wav)[None, None])[0])
+    shared = zip(random_codec.mimi.parameters(), twins[0].mimi.parameters(), strict=True)
+    assert all(a is b for a, b in shared)
 
 
 def test_fewer_codebooks_give_the_first_codes(random_codec, random_mimi):
