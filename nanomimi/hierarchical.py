@@ -79,7 +79,9 @@ class HierarchicalLM(nn.Module):
         if q > 1:
             # Frame t + 1 sees the state behind frame t, then its own codes but the last.
             inside = torch.cat([rearrange(states, "b t c -> b t 1 c"), embedded[:, 1:, :-1]], dim=2)
-            hidden = self.depth(self.projection(rearrange(inside, "b t q c -> (b t) q c")))
+            inside = self.projection(rearrange(inside, "b t q c -> (b t) q c"))
+            # Autocast projects to bfloat16, but what blocks add to keeps the embedding's precision.
+            hidden = self.depth(inside.to(embedded.dtype))
             logits += [einsum(hidden[:, 1:], self.depth_head, "n q c, q v c -> n q v")]
         codes = rearrange(tokens[:, q:] % (self.codebook_size + 1), "b (t q) -> (b t q)", q=q)
         nats = F.cross_entropy(

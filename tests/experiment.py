@@ -9,7 +9,6 @@ and the tables of the README are printed. OUT/experiment.svg shows the runs of t
 """
 
 import json
-import math
 import os
 import re
 import statistics
@@ -107,7 +106,7 @@ class Speed:
 
     megaflops: float  # of training, forward and backward
     training: float  # seconds of audio per second
-    generation: float  # milliseconds per frame, one row
+    generation: float  # milliseconds, of one row
 
 
 def speeds(config: ExperimentConfig, names: list[str]) -> dict[str, Speed]:
@@ -165,38 +164,27 @@ def _megaflops(model: nn.Module) -> float:
 
 
 def table(results: dict[str, list[dict[str, Any]]], speed: dict[str, Speed]) -> str:
-    """Markdown: mean +- standard deviation over the seeds."""
-    columns: dict[str, Callable[[dict[str, Any]], float]] = {
-        "nats per frame": lambda r: r["held_out"]["nats_per_frame"],
-        "codebook 0": lambda r: r["held_out"]["nats_per_codebook"][0],
-        "voice, %": lambda r: 100 * r["acoustic_consistency"]["accuracy"],
-        "margin": lambda r: r["acoustic_consistency"]["margin"],
-        "counting, %": lambda r: 100 * r["counting"]["accuracy"] if "counting" in r else math.nan,
-        "its margin": lambda r: r["counting"]["margin"] if "counting" in r else math.nan,
-    }
-    head = ["model", "parameters", "MFLOP", *columns, "training", "generation"]
+    """Markdown: mean ± standard deviation over the seeds."""
+    head = ["model", "parameters", "MFLOP per frame", "nats per frame", "by codebook"]
+    head += ["voice, %", "margin", "counting, %", "margin", "training", "generation"]
     rows = [head, ["---"] * len(head)]
     for name, runs in results.items():
-        cells = [_mean([column(r) for r in runs], title) for title, column in columns.items()]
-        s = speed[name]
-        size = f"{runs[0]['parameters'] / 1e6:.2f}M"
-        rows.append(
-            [
-                name,
-                size,
-                f"{s.megaflops:.0f}",
-                *cells,
-                f"{s.training:.0f} x",
-                f"{s.generation:.1f} ms",
-            ]
-        )
+        held = [r["held_out"] for r in runs]
+        by_codebook = zip(*(h["nats_per_codebook"] for h in held))
+        size, s = f"{runs[0]['parameters'] / 1e6:.2f}M", speed[name]
+        row = [name, size, f"{s.megaflops:.0f}", _mean([h["nats_per_frame"] for h in held], 2)]
+        row.append(" ".join(f"{statistics.mean(nats):.2f}" for nats in by_codebook))
+        for swap in ("acoustic_consistency", "counting"):
+            scores = [r[swap] for r in runs if swap in r]
+            row.append(_mean([100 * score["accuracy"] for score in scores], 0))
+            row.append(_mean([score["margin"] for score in scores], 3))
+        rows.append([*row, f"{s.training:.0f} x", f"{s.generation:.1f} ms"])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _mean(values: list[float], title: str) -> str:
-    if any(math.isnan(v) for v in values):
+def _mean(values: list[float], digits: int) -> str:
+    if not values:
         return ""
-    digits = 1 if "%" in title else 3
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
@@ -228,9 +216,9 @@ def _panel(place: int, title: str, key: str, results: dict[str, list[dict[str, A
     margin = lambda r: r[key]["margin"]
     every = [r for runs in results.values() for r in runs]
     low, high = min(map(nats, every)), max(map(nats, every))
-    most = max(map(margin, every))
+    least, most = min(0.0, *map(margin, every)), max(map(margin, every))
     x = lambda value: left + 20 + (value - low) / (high - low) * (right - left - 40)
-    y = lambda value: bottom - value / most * (bottom - top - 20)
+    y = lambda value: bottom - (value - least) / (most - least) * (bottom - top - 20)
     marks = [
         f'<path d="M{left},{top} V{bottom} H{right}" fill="none" stroke="black"/>',
         f'<text x="{left}" y="{top - 14}">{title}: margin, nats per token (more is better)</text>',
@@ -240,7 +228,7 @@ def _panel(place: int, title: str, key: str, results: dict[str, list[dict[str, A
         marks.append(
             f'<text x="{x(value):.0f}" y="{bottom + 20}" text-anchor="middle">{value:.2f}</text>'
         )
-    for value in (0.0, most):
+    for value in (least, most):
         marks.append(
             f'<text x="{left - 8}" y="{y(value) + 5:.0f}" text-anchor="end">{value:.2f}</text>'
         )

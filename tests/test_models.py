@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from nanomimi.llama import Block
 from nanomimi.sampling import sample
 from nanomimi.tokens import flatten, separator
 from tests.conftest import small_model
@@ -164,3 +165,13 @@ def test_a_batch_is_overfitted_and_recited(arch):
     assert loss.item() < 0.02
     recited = torch.stack(list(model.generate(codes[:, :, :2], 20, greedy)), dim=2)
     assert torch.equal(recited, codes[:, :, 2:])
+
+
+def test_what_blocks_add_to_keeps_full_precision_under_autocast(model):
+    seen = []
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(flatten(random_codes(1, 4), END))
+    assert set(seen) == {torch.float32}
