@@ -190,8 +190,9 @@ def moshi_version() -> str:
     return version("moshi")
 
 
-def build(shape: dict) -> MimiModel:
-    """An untrained Mimi of that shape (see mimi_shape); training fills its codebooks, all zero."""
+def build(shape: dict | None) -> MimiModel:
+    """An untrained Mimi of that shape (see mimi_shape), or of Kyutai's; its codebooks are zero."""
+    shape = shape or loaders._mimi_config
     return loaders.get_mimi(None, shape, num_codebooks=shape["quantizer"]["n_q"])
 
 

@@ -37,7 +37,7 @@ def save_random_mimi(path: Path, shape: dict | None) -> Path:
     so that codes differ from frame to frame.
     """
     torch.manual_seed(0)
-    mimi = codec_module.build(shape or codec_module.loaders._mimi_config)
+    mimi = codec_module.build(shape)
     with torch.no_grad():
         latent = mimi.encode_to_latent(0.1 * torch.randn(1, 1, 48000), quantize=False)[
             ..., 5:

@@ -34,6 +34,7 @@ from nanomimi.data import TokenDataset
 
 BATCH = 4  # windows per step, where speed is measured
 SPOKEN_FRAMES = 25
+SWAPS = {"acoustic_consistency": "voice", "counting": "counting"}
 ROUNDS = 9
 WIDTH, HEIGHT = 420, 360  # of a panel of the picture
 COLOURS = ("#d95f02", "#1b9e77", "#7570b3")
@@ -166,7 +167,9 @@ def _megaflops(model: nn.Module) -> float:
 def table(results: dict[str, list[dict[str, Any]]], speed: dict[str, Speed]) -> str:
     """Markdown: mean ± standard deviation over the seeds."""
     head = ["model", "parameters", "MFLOP per frame", "nats per frame", "by codebook"]
-    head += ["voice, %", "margin", "counting, %", "margin", "training", "generation"]
+    swaps = [swap for swap in SWAPS if all(swap in r for runs in results.values() for r in runs)]
+    head += [title for swap in swaps for title in (f"{SWAPS[swap]}, %", "margin")]
+    head += ["training", "generation"]
     rows = [head, ["---"] * len(head)]
     for name, runs in results.items():
         held = [r["held_out"] for r in runs]
@@ -174,29 +177,22 @@ def table(results: dict[str, list[dict[str, Any]]], speed: dict[str, Speed]) -> 
         size, s = f"{runs[0]['parameters'] / 1e6:.2f}M", speed[name]
         row = [name, size, f"{s.megaflops:.0f}", _mean([h["nats_per_frame"] for h in held], 2)]
         row.append(" ".join(f"{statistics.mean(nats):.2f}" for nats in by_codebook))
-        for swap in ("acoustic_consistency", "counting"):
-            scores = [r[swap] for r in runs if swap in r]
-            row.append(_mean([100 * score["accuracy"] for score in scores], 0))
-            row.append(_mean([score["margin"] for score in scores], 3))
+        for swap in swaps:
+            row.append(_mean([100 * r[swap]["accuracy"] for r in runs], 0))
+            row.append(_mean([r[swap]["margin"] for r in runs], 3))
         rows.append([*row, f"{s.training:.0f} x", f"{s.generation:.1f} ms"])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _mean(values: list[float], digits: int) -> str:
-    if not values:
-        return ""
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 def picture(results: dict[str, list[dict[str, Any]]]) -> str:
     """SVG of two panels, margins of voice and of counting over nats per frame; a dot is a run."""
-    panels = [
-        (title, key)
-        for title, key in (("voice", "acoustic_consistency"), ("counting", "counting"))
-        if all(key in r for runs in results.values() for r in runs)
-    ]
-    marks = [_panel(i, title, key, results) for i, (title, key) in enumerate(panels)]
+    panels = [key for key in SWAPS if all(key in r for runs in results.values() for r in runs)]
+    marks = [_panel(i, SWAPS[key], key, results) for i, key in enumerate(panels)]
     width, height = WIDTH * len(panels), HEIGHT + 24 * len(results)
     for i, (name, colour) in enumerate(zip(results, COLOURS)):
         y = HEIGHT + 24 * i

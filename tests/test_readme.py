@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from nanomimi.bench import BenchConfig
 from nanomimi.config import parse
 from nanomimi.evaluate import EvaluateConfig
 from nanomimi.tiny.train_codec import CodecConfig
@@ -23,6 +24,7 @@ CONFIGS = {
     "sample.py": SampleConfig,
     "nanomimi.tiny.train_codec": CodecConfig,
     "nanomimi.evaluate": EvaluateConfig,
+    "nanomimi.bench": BenchConfig,
     "tests.counting": CountingConfig,
     "tests.experiment": ExperimentConfig,
 }
