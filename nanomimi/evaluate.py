@@ -77,6 +77,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
                 f"{name} has another codec than {config.run} was trained with (its weights "
                 "differ); give the right one with --data or --codec"
             )
+    if config.salmon is not None:
+        _parts(config.salmon)  # a wrong folder fails here, not after minutes of other work
     score = partial(nats_of, model, config.batch_size)
     # A prefix and a suffix together fill a window at most.
     longest = min(max(1, round(config.clip_seconds * codec.frame_rate)), model.max_frames // 2)
@@ -158,9 +160,6 @@ def salmon(score: Score, codec: Codec, folder: Path, max_frames: int) -> dict[st
 
     As in the official code the mean runs over all tokens of a clip, and a tie counts half.
     """
-    parts = {part: _pairs(folder / part) for part in SALMON if (folder / part).is_dir()}
-    if not parts:
-        raise FileNotFoundError(f"{folder} has none of SALMon's parts ({', '.join(SALMON)})")
     start = separator(codec.num_codebooks, codec.codebook_size)
 
     def loss(path: Path) -> float:
@@ -171,7 +170,7 @@ def salmon(score: Score, codec: Codec, folder: Path, max_frames: int) -> dict[st
         return torch.cat(list(score(pieces))).mean().item()
 
     results = {}
-    for part, pairs in parts.items():
+    for part, pairs in _parts(folder).items():
         losses = np.array([[loss(path) for path in pair] for pair in tqdm(pairs, part)])
         right = (np.sign(losses[:, 1] - losses[:, 0]) + 1) / 2
         results[part] = {
@@ -180,6 +179,14 @@ def salmon(score: Score, codec: Codec, folder: Path, max_frames: int) -> dict[st
             "pairs": len(right),
         }
     return results
+
+
+def _parts(folder: Path) -> dict[str, list[list[Path]]]:
+    """The pairs of every part that is there."""
+    parts = {part: _pairs(folder / part) for part in SALMON if (folder / part).is_dir()}
+    if not parts:
+        raise FileNotFoundError(f"{folder} has none of SALMon's parts ({', '.join(SALMON)})")
+    return parts
 
 
 def _pairs(folder: Path) -> list[list[Path]]:

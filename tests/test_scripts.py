@@ -297,6 +297,7 @@ def wrong(tmp_path_factory, story) -> dict[str, Path]:
         ("evaluate.py --run {folder}/nowhere", "is not a run"),
         ("evaluate.py --run {story}/run --data {folder}/nowhere", "run python prepare.py"),
         ("evaluate.py --run {story}/run --codec {mimi}", "another codec than"),
+        ("evaluate.py --run {story}/run --salmon {folder}/text", "none of SALMon's parts"),
         ("evaluate.py --run {story}/run --trials 0", "--trials must be at least 1"),
     ],
 )
