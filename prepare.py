@@ -3,6 +3,7 @@
     python prepare.py                               the bundled digits, with the bundled small Mimi
     python prepare.py ~/speech --out data/mine      your audio, with Kyutai's Mimi (downloaded once)
     python prepare.py a.wav more/ --codec tiny      your audio, offline
+    torchrun --nproc_per_node 8 prepare.py ~/speech the files shared by eight GPUs, the same bytes
 
 Audio is wav, flac, mp3, ogg or opus of any rate, mono or stereo. A file's group is its parent
 folder: the speaker in most corpora. Files that cannot be read are listed at the end.
@@ -53,7 +54,7 @@ def prepare(config: PrepareConfig) -> None:
         raise ValueError(
             f"no audio (wav, flac, mp3, ogg, opus) in {', '.join(map(str, config.audio))}"
         )
-    _split(files, config)  # what cannot be split fails before the codec is loaded
+    splits = _split(files, config)
     out = config.out or Path("data") / (
         config.audio[0].resolve().stem if config.audio else "digits"
     )
@@ -64,7 +65,7 @@ def prepare(config: PrepareConfig) -> None:
         parts = [out / f"part-{rank}" for rank in range(processes.count)]
         alone = processes.count == 1
         with DatasetWriter(out if alone else parts[processes.rank], codec, not alone) as writer:
-            skipped = _share(files, config, codec, writer, processes)
+            skipped = _share(list(zip(files, splits)), config, codec, writer, processes)
         if not alone:
             shares: list[list[str]] = [[]] * processes.count
             dist.all_gather_object(shares, skipped)  # and so nobody merges before all are done
@@ -92,8 +93,8 @@ class Recording:
     chunks: Callable[[], Iterable[np.ndarray]]
 
 
-def _files(files: list[Path], splits: list[Split], sample_rate: int) -> Iterator[Recording]:
-    for file, split in zip(files, splits):
+def _files(files: list[tuple[Path, Split]], sample_rate: int) -> Iterator[Recording]:
+    for file, split in files:
         chunks = partial(read_chunks, file, sample_rate)
         yield Recording(split, file=str(file), group=str(file.parent), chunks=chunks)
 
@@ -106,14 +107,18 @@ def _digits(config: PrepareConfig) -> Iterator[Recording]:
 
 
 def _share(
-    files: list[Path], config: PrepareConfig, codec: Codec, writer: DatasetWriter, by: Processes
+    files: list[tuple[Path, Split]],
+    config: PrepareConfig,
+    codec: Codec,
+    writer: DatasetWriter,
+    by: Processes,
 ) -> list[str]:
     """Encode this process's share of all; returns a line for each file that could not be read.
 
     The shares are consecutive files, so that the parts, one behind another, are the whole.
     """
     first, end = (len(files) * rank // by.count for rank in (by.rank, by.rank + 1))
-    recordings = _files(files[first:end], _split(files, config)[first:end], codec.sample_rate)
+    recordings = _files(files[first:end], codec.sample_rate)
     total, unit = end - first, "file"
     if not files:
         # A composed utterance depends on all before it, so the first process makes them all.

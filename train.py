@@ -141,7 +141,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 log.step(done, _mean_over_processes(loss), float(norm), lr)
             if done % config.eval_every == 0 or finished:
                 with autocast:
-                    results = evaluate(model, val_batches, train_set.meta)
+                    results = validate(model, val_batches, train_set.meta)
                 log.evaluation(done, results)
             if (done % config.save_every == 0 or finished) and processes.rank == 0:
                 checkpoint.save(config.out, done, model, optimizer, about)
@@ -150,7 +150,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: list[Tensor], meta: dict[str, Any]) -> dict[str, Any]:
+def validate(model: nn.Module, batches: list[Tensor], meta: dict[str, Any]) -> dict[str, Any]:
     """Mean nats per token and codebook; bits per second of audio beside the codec's own rate."""
     device = next(model.parameters()).device
     nats = torch.cat([model(tokens.to(device)).float().mean(dim=1) for tokens in batches]).mean(

@@ -9,7 +9,8 @@ tokens (T*Q), C channels (n_embd), H heads, D dimensions per head, V classes per
 (codebook_size + 1, for END).
 
 Read in this order: audio, codec, tokens, data, llama, flat, hierarchical, sampling, likelihood,
-checkpoint, config; then prepare.py, train.py and sample.py; then evaluate.
+salmon, checkpoint, config; then prepare.py, train.py and sample.py; then evaluate, timing and
+bench.
 """
 
 from nanomimi.codec import Codec

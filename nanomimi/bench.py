@@ -12,9 +12,7 @@ that precision; a generator's floor is the time of its weight products alone.
 
 import importlib.util
 import json
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,9 +25,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from nanomimi.codec import Codec, build
 from nanomimi.config import Config, option, resolve_device, run
@@ -37,6 +32,16 @@ from nanomimi.data import FORMAT, TokenDataset
 from nanomimi.flat import FlatLM
 from nanomimi.hierarchical import HierarchicalLM, csm_depth
 from nanomimi.llama import LlamaConfig
+from nanomimi.timing import (
+    Turn,
+    gemm_rate,
+    interleave,
+    saved_bytes,
+    seconds,
+    speak_turn,
+    train_turn,
+    training_flops,
+)
 from nanomimi.tokens import separator
 
 
@@ -70,9 +75,7 @@ GPU = {
     "124M": Shape(LlamaConfig(12, 12, 12, 768, 2048), 4, 2048, 256, 16),
     "1.2B": Shape(LlamaConfig(16, 32, 8, 2048, 8192, 500000.0), 4, 2048, 256, 8),
 }
-FRAME_SECONDS = 0.08
 SECONDS = 4  # of the codec's clips
-Turn = Callable[[], dict[str, float]]  # works once and returns named seconds
 
 
 def bench(config: BenchConfig) -> None:
@@ -83,14 +86,10 @@ def bench(config: BenchConfig) -> None:
         config = replace(config, reference="none")
     shapes = CPU if device.type == "cpu" else {**CPU, **GPU}
     rates = {dtype: gemm_rate(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
-    threads = f"{torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    print(
-        f"{name}, {threads}; matrix products: "
-        + ", ".join(
-            f"{str(d).removeprefix('torch.')} {r / 1e9:,.0f} GFLOP/s" for d, r in rates.items()
-        )
-    )
+    cpu = f"CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    products = (f"{str(d)[6:]} {rate / 1e9:,.0f} GFLOP/s" for d, rate in rates.items())
+    print(f"{name}; matrix products: {', '.join(products)}")
     if config.part in ("all", "training"):
         for label, shape in shapes.items():
             training(label, shape, rates, config, device)
@@ -118,13 +117,16 @@ def training(
     for dtype in rates if device.type == "cpu" else [torch.bfloat16]:
         for name, make in _models(shape, config.reference).items():
             for compiled in (False, True) if config.compile else (False,):
-                key = f"{name}, {str(dtype).removeprefix('torch.')}{', compiled' * compiled}"
+                key = f"{name}, {str(dtype)[6:]}{', compiled' * compiled}"
                 torch.manual_seed(0)
                 model = make().to(device)
-                flops[key], memory[key] = _flops(model, tokens), _saved_bytes(model, tokens, dtype)
+                flops[key], memory[key] = (
+                    training_flops(model, tokens),
+                    saved_bytes(model, tokens, dtype),
+                )
                 if compiled:
                     model.compile()
-                turns[key] = partial(_train, model, _adamw(model), tokens, dtype)
+                turns[key] = train_turn(model, tokens, dtype)
     with _random_data(shape) as data:
         turns["reading a batch"] = partial(_read, data, shape)
         times = interleave(turns, config.rounds, f"training {label}")
@@ -144,6 +146,7 @@ def training(
 def generation(label: str, shape: Shape, config: BenchConfig, device: torch.device) -> None:
     """Frames from nothing, one row and eight; the floor is taken in the same turns."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    frame_rate = Codec.load("tiny", 1).frame_rate
     turns: dict[str, Turn] = {}
     makers = _models(shape, config.reference)
     del makers["joint softmax"]
@@ -151,7 +154,7 @@ def generation(label: str, shape: Shape, config: BenchConfig, device: torch.devi
         torch.manual_seed(0)
         model = make().to(device, dtype).eval()
         for rows in (1, 8):
-            turns[f"{name}, batch {rows}"] = partial(_speak, model, rows, config.frames)
+            turns[f"{name}, batch {rows}"] = _speak(model, rows, config.frames)
     times = interleave(turns, config.rounds, f"generation {label}")
     lines = []
     for key, parts in times.items():
@@ -159,17 +162,9 @@ def generation(label: str, shape: Shape, config: BenchConfig, device: torch.devi
         rows = int(key.rsplit(" ", 1)[1])
         per_token = 1000 * total / shape.num_codebooks
         share = f"{parts['floor'] / parts['generate']:.0%}" if "floor" in parts else ""
-        speed = rows * FRAME_SECONDS / total
-        lines.append(
-            [
-                key,
-                f"{per_token:.2f}",
-                f"{1000 / per_token * rows:,.0f}",
-                f"{speed:.1f} x",
-                share,
-                total,
-            ]
-        )
+        rate, speed = rows * shape.num_codebooks / total, rows / frame_rate / total
+        cells = [f"{per_token:.2f}", f"{rate:,.0f}", f"{speed:.1f} x", share]
+        lines.append([key, *cells, total])
     head = ["ms/token", "tokens/s", "real time", "share of floor"]
     show(f"generation, shape {label} ({_millions(shape)}), {str(dtype)[6:]}", head, lines)
 
@@ -194,18 +189,6 @@ def codec(config: BenchConfig, device: torch.device) -> None:
     show(f"codec, 8 codebooks, clips of {SECONDS} s; x real time", ["encode", "decode"], lines)
 
 
-def interleave(turns: dict[str, Turn], rounds: int, name: str) -> dict[str, dict[str, float]]:
-    """Median seconds of every part of every turn, after one round of warming up."""
-    seen: dict[str, list[dict[str, float]]] = {key: [] for key in turns}
-    for _ in tqdm(range(rounds + 1), name, unit="round", leave=False):
-        for key, turn in turns.items():
-            seen[key].append(turn())
-    return {
-        key: {part: statistics.median(t[part] for t in times[1:]) for part in times[0]}
-        for key, times in seen.items()
-    }
-
-
 def show(title: str, head: list[str], rows: list[list[Any]]) -> None:
     """A table whose last column is each row's time in units of the first row's."""
     print(f"\n{title}")
@@ -214,13 +197,6 @@ def show(title: str, head: list[str], rows: list[list[Any]]) -> None:
     print(" " * width + "".join(f"{title:>16}" for title in head))
     for name, *cells, total in rows:
         print(f"{name:{width}}" + "".join(f"{c:>16}" for c in [*cells, f"{total / first:.2f}"]))
-
-
-def gemm_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of the best of ten products of large square matrices."""
-    size = 1536 if device.type == "cpu" else 8192
-    a = b = torch.randn(size, size, device=device, dtype=dtype)
-    return 2 * size**3 / min(_seconds(lambda: a @ b, device) for _ in range(10))
 
 
 class JointLM(FlatLM):
@@ -286,33 +262,6 @@ def _models(shape: Shape, reference: str) -> dict[str, Callable[[], nn.Module]]:
     return {**models, "Hugging Face": lambda: HuggingFace(shape)} if reference == "hf" else models
 
 
-def _adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-
-def _train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor, dtype: torch.dtype
-) -> dict[str, float]:
-    loss = None
-
-    def forward() -> None:
-        nonlocal loss
-        with _autocast(tokens, dtype):
-            loss = model(tokens).mean()
-
-    def update() -> None:
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    device = tokens.device
-    return {
-        "forward": _seconds(forward, device),
-        "backward": _seconds(lambda: loss.backward(), device),
-        "optimizer": _seconds(update, device),
-    }
-
-
 @contextmanager
 def _random_data(shape: Shape) -> Iterator[TokenDataset]:
     """A data folder of ten thousand frames as prepare.py writes it, without a codec."""
@@ -327,22 +276,18 @@ def _random_data(shape: Shape) -> Iterator[TokenDataset]:
 
 def _read(data: TokenDataset, shape: Shape) -> dict[str, float]:
     read = partial(data.train_batch, 0, shape.batch_size, shape.max_frames, seed=0)
-    return {"read": _seconds(read, torch.device("cpu"))}
+    return {"read": seconds(read, torch.device("cpu"))}
 
 
-def _speak(model: nn.Module, rows: int, frames: int) -> dict[str, float]:
-    weight = next(model.parameters())
+def _speak(model: nn.Module, rows: int, frames: int) -> Turn:
+    """Generation, and in the same turn the weight products that it takes."""
+    device = next(model.parameters()).device
     if isinstance(model, HuggingFace):
-        prompt = torch.zeros(rows, model.num_codebooks, 1, dtype=torch.long, device=weight.device)
-    else:
-        prompt = separator(model.num_codebooks, model.codebook_size).to(weight.device)
-        prompt = prompt.expand(rows, -1, -1)
-    likeliest = lambda logits: logits[:, :-1].argmax(dim=-1)  # END would stop it early
-    work = lambda: list(model.generate(prompt, frames, likeliest))
-    parts = {"generate": _seconds(work, weight.device)}
-    if not isinstance(model, HuggingFace):
-        parts["floor"] = _seconds(partial(_floor, model, rows, frames), weight.device)
-    return parts
+        prompt = torch.zeros(rows, model.num_codebooks, 1, dtype=torch.long, device=device)
+        return speak_turn(model, prompt, frames)
+    prompt = separator(model.num_codebooks, model.codebook_size).to(device).expand(rows, -1, -1)
+    generate, floor = speak_turn(model, prompt, frames), partial(_floor, model, rows, frames)
+    return lambda: {**generate(), "floor": seconds(floor, device)}
 
 
 @torch.inference_mode()
@@ -366,58 +311,15 @@ def _floor(model: FlatLM | HierarchicalLM, rows: int, frames: int) -> None:
 
 def _code(mimi: Codec, wav: Tensor, codes: Tensor) -> dict[str, float]:
     return {
-        "encode": _seconds(lambda: mimi.encode(wav), wav.device),
-        "decode": _seconds(lambda: mimi.decode(codes), wav.device),
+        "encode": seconds(lambda: mimi.encode(wav), wav.device),
+        "decode": seconds(lambda: mimi.decode(codes), wav.device),
     }
-
-
-def _autocast(tokens: Tensor, dtype: torch.dtype) -> torch.autocast:
-    return torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32)
-
-
-def _flops(model: nn.Module, tokens: Tensor) -> int:
-    """Of forward and backward, two per multiply-add, attention in full, as torch counts them."""
-    # Only the plain form of attention is made of products that the counter knows on a CPU.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(tokens).mean().backward()
-    model.zero_grad(set_to_none=True)
-    return counter.get_total_flops()
-
-
-def _saved_bytes(model: nn.Module, tokens: Tensor, dtype: torch.dtype) -> int:
-    """What the forward pass keeps for the backward pass, weights aside."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    seen: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), _autocast(tokens, dtype):
-        model(tokens).mean()
-    return sum(seen.values())
 
 
 def _millions(shape: Shape) -> str:
     with torch.device("meta"):
         model = FlatLM(shape.llama, shape.num_codebooks, shape.codebook_size, shape.max_frames)
     return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M"
-
-
-def _seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """Wall time until the device has done the work."""
-    _wait(device)
-    start = time.perf_counter()
-    work()
-    _wait(device)
-    return time.perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

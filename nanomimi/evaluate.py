@@ -11,8 +11,6 @@ All of it is computed in float32, printed, and written to runs/NAME/evaluation.j
 
 import functools
 import json
-import math
-import re
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
@@ -25,26 +23,15 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nanomimi import checkpoint
-from nanomimi.audio import read_chunks
+from nanomimi import checkpoint, salmon
 from nanomimi.codec import Codec
 from nanomimi.config import Config, option, resolve_device, run
 from nanomimi.data import TokenDataset
-from nanomimi.likelihood import Score, Trial, held_out, nats_of, prefix_swap, windows
+from nanomimi.likelihood import Trial, held_out, nats_of, prefix_swap
 from nanomimi.sampling import sample
 from nanomimi.tiny import digits
 from nanomimi.tokens import before_end, separator
 
-SALMON = (
-    "sentiment_consistency",
-    "speaker_consistency",
-    "gender_consistency",
-    "bg_domain_consistency",
-    "bg_all_consistency",
-    "rir_consistency",
-    "sentiment_alignment",
-    "bg_alignment",
-)
 SILENCE = -30.0  # dB below the loudest frame of the prompt
 
 
@@ -77,8 +64,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
                 f"{name} has another codec than {config.run} was trained with (its weights "
                 "differ); give the right one with --data or --codec"
             )
-    if config.salmon is not None:
-        _parts(config.salmon)  # a wrong folder fails here, not after minutes of other work
+    parts = salmon.parts(config.salmon) if config.salmon else {}
     score = partial(nats_of, model, config.batch_size)
     # A prefix and a suffix together fill a window at most.
     longest = min(max(1, round(config.clip_seconds * codec.frame_rate)), model.max_frames // 2)
@@ -93,7 +79,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "seed": config.seed,
         "held_out": held_out(score, data, model.max_frames),
         **{name: prefix_swap(score, t, longest, config.seed, name) for name, t in trials.items()},
-        "salmon": salmon(score, codec, config.salmon, model.max_frames) if config.salmon else {},
+        "salmon": salmon.judge(score, codec, parts, model.max_frames),
         "continuation": continuation(model, codec, data, config),
     }
     (config.run / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -112,10 +98,9 @@ def group_trials(data: TokenDataset, count: int, seed: int) -> list[Trial]:
         codes = data.codes(line["first_frame"], line["num_frames"])
         groups[line["group"]].append(codes)
         if third := codes.shape[1] // 3:
-            files[f"{line['file']} at frame {line['first_frame']}"] = [
-                codes[:, :third],
-                codes[:, -third:],
-            ]
+            # Of the place too: composed utterances may say the same and so have the same name.
+            name = f"{line['file']} at frame {line['first_frame']}"
+            files[name] = [codes[:, :third], codes[:, -third:]]
     speakers = {name: clips for name, clips in groups.items() if len(clips) > 1}
     clips = speakers if len(speakers) > 2 else files
     if len(clips) < 2:
@@ -123,9 +108,7 @@ def group_trials(data: TokenDataset, count: int, seed: int) -> list[Trial]:
     rng, names = np.random.default_rng(seed), sorted(clips)
 
     def pair(name: str) -> tuple[Tensor, Tensor]:
-        first, second = (
-            rng.choice(len(clips[name]), 2, replace=False) if clips is speakers else (0, 1)
-        )
+        first, second = rng.choice(len(clips[name]), 2, replace=False)
         return clips[name][first], clips[name][second]
 
     drawn = ([names[i] for i in rng.choice(len(names), 2, replace=False)] for _ in range(count))
@@ -153,53 +136,6 @@ def counting_trials(codec: Codec, count: int, seed: int) -> list[Trial]:
         i, j = rng.choice(10, 2, replace=False)
         trials.append(Trial(clip(name, int(i)), clip(name, int(j)), (name,)))
     return trials
-
-
-def salmon(score: Score, codec: Codec, folder: Path, max_frames: int) -> dict[str, Any]:
-    """Accuracy on the parts of SALMon that are in the folder: the likelier clip of a pair wins.
-
-    As in the official code the mean runs over all tokens of a clip, and a tie counts half.
-    """
-    start = separator(codec.num_codebooks, codec.codebook_size)
-
-    def loss(path: Path) -> float:
-        spoken = codec.encode_chunks(read_chunks(path, codec.sample_rate)).cpu()
-        codes = torch.cat([start, spoken], dim=1)
-        plan = windows(codes.shape[1], max_frames)
-        pieces = ((codes[:, begin:stop], first - begin) for begin, first, stop in plan)
-        return torch.cat(list(score(pieces))).mean().item()
-
-    results = {}
-    for part, pairs in _parts(folder).items():
-        losses = np.array([[loss(path) for path in pair] for pair in tqdm(pairs, part)])
-        right = (np.sign(losses[:, 1] - losses[:, 0]) + 1) / 2
-        results[part] = {
-            "accuracy": right.mean().item(),
-            "standard_error": right.std().item() / math.sqrt(len(right)),
-            "pairs": len(right),
-        }
-    return results
-
-
-def _parts(folder: Path) -> dict[str, list[list[Path]]]:
-    """The pairs of every part that is there."""
-    parts = {part: _pairs(folder / part) for part in SALMON if (folder / part).is_dir()}
-    if not parts:
-        raise FileNotFoundError(f"{folder} has none of SALMon's parts ({', '.join(SALMON)})")
-    return parts
-
-
-def _pairs(folder: Path) -> list[list[Path]]:
-    """The positive and the negative of each sample: sample_I_K.wav, K ascending."""
-    samples: dict[int, dict[int, Path]] = defaultdict(dict)
-    for path in folder.iterdir():
-        if match := re.fullmatch(r"sample_(\d+)_(\d+)\.wav", path.name):
-            samples[int(match[1])][int(match[2])] = path
-    unpaired = [i for i, files in samples.items() if len(files) != 2]
-    if unpaired or not samples:
-        which = f"sample {unpaired[0]} has not two files" if unpaired else "no sample_I_K.wav"
-        raise ValueError(f"{folder} is not a part of SALMon ({which}); download it again")
-    return [[files[k] for k in sorted(files)] for _, files in sorted(samples.items())]
 
 
 def continuation(

@@ -14,28 +14,21 @@ import re
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from nanomimi import checkpoint, sample, separator
+from nanomimi import checkpoint, separator
 from nanomimi.config import Config, option, run
 from nanomimi.data import TokenDataset
+from nanomimi.timing import interleave, speak_turn, train_turn, training_flops
 
-BATCH = 4  # windows per step, where speed is measured
-SPOKEN_FRAMES = 25
+BATCH, FRAMES = 4, 25  # windows of a step, and frames spoken, where speed is measured
 SWAPS = {"acoustic_consistency": "voice", "counting": "counting"}
-ROUNDS = 9
 WIDTH, HEIGHT = 420, 360  # of a panel of the picture
 COLOURS = ("#d95f02", "#1b9e77", "#7570b3")
 
@@ -111,57 +104,24 @@ class Speed:
 
 
 def speeds(config: ExperimentConfig, names: list[str]) -> dict[str, Speed]:
-    """Medians over rounds in which every model has its turn, so that they share what disturbs."""
+    """Of the runs of seed 0, in float32, in turns."""
     models = {name: checkpoint.load(config.folder(name, 0))[0] for name in names}
-    steps = {name: _training_step(config, model) for name, model in models.items()}
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    for _ in tqdm(range(ROUNDS + 1), "speed", unit="round"):
-        for name, model in models.items():
-            times[name].append((_seconds(steps[name]), _seconds(partial(_speak, model))))
-    frame_rate = TokenDataset(config.data, "train").meta["frame_rate"]
-    result = {}
+    data = {name: TokenDataset(config.data, "train", m.num_codebooks) for name, m in models.items()}
+    result, turns, flops = {}, {}, {}
     for name, model in models.items():
-        train, speak = (statistics.median(column) for column in zip(*times[name][1:]))
-        frames = BATCH * model.max_frames
-        result[name] = Speed(
-            _megaflops(model), frames / frame_rate / train, 1000 * speak / SPOKEN_FRAMES
-        )
+        tokens = data[name].train_batch(0, BATCH, model.max_frames, seed=0)
+        flops[name] = training_flops(model, tokens) / (BATCH * model.max_frames)
+        # What is trained here moves the weights, so generation has a copy of them.
+        speaker = checkpoint.load(config.folder(name, 0))[0]
+        prompt = separator(model.num_codebooks, model.codebook_size)[None]
+        turns[f"train {name}"] = train_turn(model, tokens, torch.float32)
+        turns[f"speak {name}"] = speak_turn(speaker, prompt, FRAMES)
+    times = {key: sum(parts.values()) for key, parts in interleave(turns, 9, "speed").items()}
+    for name, model in models.items():
+        audio = BATCH * model.max_frames / data[name].meta["frame_rate"]
+        spoken = 1000 * times[f"speak {name}"] / FRAMES
+        result[name] = Speed(flops[name] / 1e6, audio / times[f"train {name}"], spoken)
     return result
-
-
-def _training_step(config: ExperimentConfig, model: nn.Module) -> Callable[[], None]:
-    data = TokenDataset(config.data, "train", model.num_codebooks)
-    tokens = data.train_batch(0, BATCH, model.max_frames, seed=0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
-
-    def step() -> None:
-        model(tokens).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def _speak(model: nn.Module) -> None:
-    prompt = separator(model.num_codebooks, model.codebook_size)[None]
-    without_end = lambda logits: sample(logits[:, : model.codebook_size])
-    list(model.generate(prompt, SPOKEN_FRAMES, without_end))
-
-
-def _seconds(work: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def _megaflops(model: nn.Module) -> float:
-    """Training FLOPs per frame, as torch counts them: two per multiply-add, attention in full."""
-    tokens = torch.zeros(1, (model.max_frames + 1) * model.num_codebooks, dtype=torch.long)
-    # Only the plain form of attention is made of products that the counter knows on a CPU.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(tokens).mean().backward()
-    model.zero_grad()
-    return counter.get_total_flops() / model.max_frames / 1e6
 
 
 def table(results: dict[str, list[dict[str, Any]]], speed: dict[str, Speed]) -> str:

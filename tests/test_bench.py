@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from nanomimi import bench as bench_module
-from nanomimi.bench import BenchConfig, JointLM, Shape, bench, interleave
+from nanomimi.bench import BenchConfig, JointLM, Shape, bench
 from nanomimi.flat import FlatLM
 from nanomimi.llama import LlamaConfig
+from nanomimi.timing import interleave, saved_bytes, training_flops
 from nanomimi.tokens import flatten
+from tests.conftest import small_model
 
 TINY = Shape(LlamaConfig(1, 2, 2, 16, 32), 3, 7, 8, 2)
 
@@ -57,3 +59,24 @@ def test_without_transformers_the_bench_says_so(monkeypatch, capsys):
     monkeypatch.setattr(bench_module, "CPU", {})
     bench(BenchConfig(part="training", reference="hf", device="cpu"))
     assert "transformers is not installed" in capsys.readouterr().out
+
+
+def test_flops_are_six_per_weight_and_token_and_those_of_attention():
+    model = small_model("flat", 3, max_frames=8)
+    weights = sum(p.numel() for p in model.llama.parameters() if p.ndim > 1)
+    tokens, width, layers = 8 * 3 + 2, 32, 2  # positions that a window of 8 frames computes
+    heads = model.lm_head.numel() * 8  # each head once a frame
+    attention = 2 * tokens**2 * width * layers  # scores and their use
+    expected = 6 * (weights * tokens + heads + attention)
+    counted = training_flops(model, torch.zeros(1, 9 * 3, dtype=torch.long))
+    assert counted == pytest.approx(expected, rel=0.01)
+
+
+def test_saved_bytes_grow_with_the_batch_and_leave_the_weights_out():
+    model = small_model("flat", 3, max_frames=8)
+    one, four = (
+        saved_bytes(model, torch.zeros(rows, 9 * 3, dtype=torch.long), torch.float32)
+        for rows in (1, 4)
+    )
+    rotations = 2 * 26 * 8 * 4  # cos and sin of 26 positions, which all rows share
+    assert four == pytest.approx(4 * one, abs=4 * rotations)

@@ -2,8 +2,7 @@
 
 from xml.etree import ElementTree
 
-from tests.conftest import small_model
-from tests.experiment import Speed, _megaflops, picture, table
+from tests.experiment import Speed, picture, table
 
 
 def result(nats: float, margin: float) -> dict:
@@ -41,13 +40,3 @@ def test_the_picture_has_a_dot_for_every_run():
     x = [float(c.get("cx")) for c in circles[:4]]
     y = [float(c.get("cy")) for c in circles[:4]]
     assert x[2] == x[3] < x[0] < x[1] and y[2] == y[3] > y[0] > y[1]
-
-
-def test_flops_are_six_per_weight_and_token_and_those_of_attention():
-    model = small_model("flat", 3, max_frames=8)
-    weights = sum(p.numel() for p in model.llama.parameters() if p.ndim > 1)
-    tokens, width, layers = 8 * 3 + 2, 32, 2  # positions that a window of 8 frames computes
-    heads = model.lm_head.numel() * 8  # each head once a frame
-    attention = 2 * tokens**2 * width * layers  # scores and their use
-    expected = 6 * (weights * tokens + heads + attention) / 8 / 1e6
-    assert abs(_megaflops(model) / expected - 1) < 0.01

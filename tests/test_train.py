@@ -201,8 +201,9 @@ def test_flags_of_the_other_architecture_are_refused(config):
     assert not config.out.exists()
 
 
-def test_depth_flags_shape_the_depth_decoder(config):
-    if config.arch == "hierarchical":
-        train(replace(config, max_steps=1, depth_n_layer=2, depth_n_head=1, depth_n_hidden=24))
-        depth = checkpoint.load(config.out)[0].depth.config
-        assert (depth.n_layer, depth.n_head, depth.n_embd, depth.n_hidden) == (2, 1, 16, 24)
+def test_depth_flags_shape_the_depth_decoder(random_data, tmp_path):
+    shape = dict(depth_n_layer=2, depth_n_head=1, depth_n_hidden=24)
+    flags = {**SMALL, **shape, "max_steps": 1, "arch": "hierarchical"}
+    train(TrainConfig(data=random_data, out=tmp_path / "run", **flags))
+    depth = checkpoint.load(tmp_path / "run")[0].depth.config
+    assert (depth.n_layer, depth.n_head, depth.n_embd, depth.n_hidden) == (2, 1, 16, 24)
