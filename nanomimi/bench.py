@@ -292,21 +292,19 @@ def _speak(model: nn.Module, rows: int, frames: int) -> Turn:
 
 @torch.inference_mode()
 def _floor(model: FlatLM | HierarchicalLM, rows: int, frames: int) -> None:
-    """The products with weights that generating takes, and nothing else."""
-    q = model.num_codebooks
+    """The products with weights that generating takes, in their order, and nothing else."""
+    linear = lambda part: [m.weight for m in part.modules() if isinstance(m, nn.Linear)]
     if isinstance(model, FlatLM):
-        products = [(m.weight, q) for m in model.llama.modules() if isinstance(m, nn.Linear)]
-        products += [(head, 1) for head in model.head]
+        weights = [w for head in model.head for w in (head, *linear(model.llama))]
     else:
-        products = [(m.weight, 1) for m in model.backbone.modules() if isinstance(m, nn.Linear)]
-        products += [(m.weight, q) for m in model.depth.modules() if isinstance(m, nn.Linear)]
-        products += [(model.projection.weight, q), (model.backbone_head, 1)]
-        products += [(head, 1) for head in model.depth_head]
-    inputs = {w.shape[1]: w.new_ones(rows, w.shape[1]) for w, _ in products}
+        inside = [model.projection.weight, *linear(model.depth)]
+        weights = [model.backbone_head, *inside]
+        weights += [w for head in model.depth_head for w in (*inside, head)]
+        weights += linear(model.backbone)
+    inputs = {w.shape[1]: w.new_ones(rows, w.shape[1]) for w in weights}
     for _ in range(frames):
-        for weight, times in products:
-            for _ in range(times):
-                F.linear(inputs[weight.shape[1]], weight)
+        for weight in weights:
+            F.linear(inputs[weight.shape[1]], weight)
 
 
 def _code(mimi: Codec, wav: Tensor, codes: Tensor) -> dict[str, float]:

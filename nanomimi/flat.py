@@ -17,6 +17,7 @@ from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 
 from nanomimi.llama import KVCache, Llama, LlamaConfig
+from nanomimi.replay import Replay
 from nanomimi.tokens import flatten
 
 
@@ -84,17 +85,21 @@ class FlatLM(nn.Module):
         by neighbouring rows of the (B * num_samples, Q) frames, and prefilled once.
         """
         tokens = flatten(prompt, self.codebook_size)[:, -self.max_frames * self.num_codebooks :]
-        cache, state = self._prefill(tokens)
+        # One frame more than the context, so that a prompt that fills it can be continued.
+        positions = (self.max_frames + 1) * self.num_codebooks
+        cache = KVCache(self.llama.config, len(tokens), positions, like=self.embedding.weight)
+        state = self.llama(self.embedding(tokens), cache)
         cache.repeat(num_samples)
         tokens = repeat(tokens, "b n -> (b s) n", s=num_samples)
         state = repeat(state[:, -1:], "b n c -> (b s) n c", s=num_samples)
         finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        step = Replay(self.llama, cache)
         for _ in range(num_frames):
             if cache.length == cache.max_positions:
                 keep = max(1, self.max_frames // 2) * self.num_codebooks
-                tokens = tokens[:, -keep:]
-                cache, state = self._prefill(tokens)
-            frame, state = self._next_frame(state, cache, finished, sample)
+                tokens, cache.length = tokens[:, -keep:], 0
+                state = self.llama(self.embedding(tokens), cache)
+            frame, state = self._next_frame(state, step, finished, sample)
             tokens = torch.cat([tokens, frame], dim=1)
             codes = frame % (self.codebook_size + 1)
             finished = codes[:, 0] == self.codebook_size
@@ -102,14 +107,8 @@ class FlatLM(nn.Module):
             if finished.all():
                 return
 
-    def _prefill(self, tokens: Tensor) -> tuple[KVCache, Tensor]:
-        # One frame more than the context, so that a prompt that fills it can be continued.
-        positions = (self.max_frames + 1) * self.num_codebooks
-        cache = KVCache(self.llama.config, len(tokens), positions, like=self.embedding.weight)
-        return cache, self.llama(self.embedding(tokens), cache)
-
     def _next_frame(
-        self, state: Tensor, cache: KVCache, finished: Tensor, sample: Callable[[Tensor], Tensor]
+        self, state: Tensor, step: Replay, finished: Tensor, sample: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
         """state (B, N, C), the newest last -> the next frame's tokens (B, Q), the state behind."""
         tokens = []
@@ -117,7 +116,7 @@ class FlatLM(nn.Module):
             code = self._next_code(state[:, -1] @ self.head[q].T, q, finished, sample)
             finished = finished | (code == self.codebook_size)
             tokens.append(rearrange(code + q * (self.codebook_size + 1), "b -> b 1"))
-            state = self.llama(self.embedding(tokens[-1]), cache)
+            state = step(self.embedding(tokens[-1]))
         return torch.cat(tokens, dim=1), state
 
     def _next_code(

@@ -21,6 +21,7 @@ from einops import einsum, rearrange, reduce, repeat
 from torch import Tensor, nn
 
 from nanomimi.llama import KVCache, Llama, LlamaConfig
+from nanomimi.replay import Replay
 from nanomimi.tokens import flatten
 
 
@@ -106,17 +107,24 @@ class HierarchicalLM(nn.Module):
         by neighbouring rows of the (B * num_samples, Q) frames, and prefilled once.
         """
         tokens = flatten(prompt, self.codebook_size)[:, -self.max_frames * self.num_codebooks :]
-        cache, state = self._prefill(tokens)
+        # One frame more than the context, so that a prompt that fills it can be continued.
+        positions = self.max_frames + 1
+        cache = KVCache(self.backbone.config, len(tokens), positions, like=self.embedding.weight)
+        state = self.backbone(self._frames(tokens), cache)
         cache.repeat(num_samples)
         tokens = repeat(tokens, "b n -> (b s) n", s=num_samples)
         state = repeat(state[:, -1:], "b n c -> (b s) n c", s=num_samples)
         finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        step, inside = Replay(self.backbone, cache), None
+        if self.num_codebooks > 1:
+            frame = KVCache(self.depth.config, len(tokens), self.num_codebooks, like=state)
+            inside = Replay(self.depth, frame)
         for _ in range(num_frames):
             if cache.length == cache.max_positions:
                 keep = max(1, self.max_frames // 2) * self.num_codebooks
-                tokens = tokens[:, -keep:]
-                cache, state = self._prefill(tokens)
-            frame, state = self._next_frame(state, cache, finished, sample)
+                tokens, cache.length = tokens[:, -keep:], 0
+                state = self.backbone(self._frames(tokens), cache)
+            frame, state = self._next_frame(state, step, inside, finished, sample)
             tokens = torch.cat([tokens, frame], dim=1)
             codes = frame % (self.codebook_size + 1)
             finished = codes[:, 0] == self.codebook_size
@@ -124,33 +132,32 @@ class HierarchicalLM(nn.Module):
             if finished.all():
                 return
 
-    def _prefill(self, tokens: Tensor) -> tuple[KVCache, Tensor]:
-        # One frame more than the context, so that a prompt that fills it can be continued.
-        positions = self.max_frames + 1
-        cache = KVCache(self.backbone.config, len(tokens), positions, like=self.embedding.weight)
-        return cache, self.backbone(self._frames(tokens), cache)
-
     def _frames(self, tokens: Tensor) -> Tensor:
         """What the backbone sees of tokens (B, T * Q): (B, T, C), the sum over each frame."""
         return reduce(self.embedding(tokens), "b (t q) c -> b t c", "sum", q=self.num_codebooks)
 
     def _next_frame(
-        self, state: Tensor, cache: KVCache, finished: Tensor, sample: Callable[[Tensor], Tensor]
+        self,
+        state: Tensor,
+        step: Replay,
+        inside: Replay | None,
+        finished: Tensor,
+        sample: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, Tensor]:
         """state (B, N, C), the newest last -> the next frame's tokens (B, Q), the state behind."""
         code = self._next_code(state[:, -1] @ self.backbone_head.T, 0, finished, sample)
         finished = finished | (code == self.codebook_size)
         tokens = [rearrange(code, "b -> b 1")]
-        if self.num_codebooks > 1:
+        if inside is not None:
             # The depth decoder begins every frame anew, with the state alone.
-            inside = KVCache(self.depth.config, len(state), self.num_codebooks, like=state)
-            self.depth(self.projection(state[:, -1:]), inside)
+            inside.cache.length = 0
+            inside(self.projection(state[:, -1:]))
         for q in range(1, self.num_codebooks):
-            hidden = self.depth(self.projection(self.embedding(tokens[-1])), inside)
+            hidden = inside(self.projection(self.embedding(tokens[-1])))
             code = self._next_code(hidden[:, -1] @ self.depth_head[q - 1].T, q, finished, sample)
             tokens.append(rearrange(code + q * (self.codebook_size + 1), "b -> b 1"))
         frame = torch.cat(tokens, dim=1)
-        return frame, self.backbone(self._frames(frame), cache)
+        return frame, step(self._frames(frame))
 
     def _next_code(
         self, logits: Tensor, q: int, finished: Tensor, sample: Callable[[Tensor], Tensor]

@@ -7,6 +7,7 @@ below `model.`, and RoPE rotates halves as there, so released Llama weights load
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -59,21 +60,36 @@ class KVCache:
         self, config: LlamaConfig, batch_size: int, max_positions: int, like: Tensor
     ) -> None:
         """`like` gives dtype and device."""
-        shape = (config.n_layer, 2, batch_size, config.n_kv_head, max_positions, config.head_dim)
-        self.store = torch.empty(shape, dtype=like.dtype, device=like.device)
+        shape = (batch_size, config.n_kv_head, max_positions, config.head_dim)
+        # Zeros, not whatever the memory held: masked values are multiplied too, by 0.
+        self.layers = [
+            (like.new_zeros(shape), like.new_zeros(shape)) for _ in range(config.n_layer)
+        ]
+        self.keys = torch.arange(max_positions, device=like.device)
         self.length, self.max_positions = 0, max_positions
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put k, v (B, H_kv, N, D) behind the `length` positions that are there; returns all."""
-        end = self.length + k.shape[2]
-        keys, values = self.store[layer]
-        keys[:, :, self.length : end] = k
-        values[:, :, self.length : end] = v
+    def extend(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put k, v (B, H_kv, N, D) at `positions` (N,); returns those that `mask` speaks of."""
+        keys, values = self.layers[layer]
+        keys.index_copy_(2, positions, k)
+        values.index_copy_(2, positions, v)
+        end = self._end(positions)
         return keys[:, :, :end], values[:, :, :end]
+
+    def mask(self, positions: Tensor) -> Tensor:
+        """(N, M): which of the M keys each of `positions` (N,) sees, itself and those before it."""
+        return self.keys[: self._end(positions)] <= rearrange(positions, "n -> n 1")
+
+    def _end(self, positions: Tensor) -> int | Tensor:
+        # On a CPU the filled part alone; on a GPU the size of nothing may depend on a position.
+        return self.max_positions if positions.is_cuda else positions[-1] + 1
 
     def repeat(self, count: int) -> None:
         """Let every row stand `count` times, so that continuations of it share one prefill."""
-        self.store = self.store.repeat_interleave(count, dim=2)
+        self.layers = [
+            (k.repeat_interleave(count, dim=0), v.repeat_interleave(count, dim=0))
+            for k, v in self.layers
+        ]
 
 
 class RMSNorm(nn.Module):
@@ -87,32 +103,33 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-class Rope(nn.Module):
-    """Rotary position embedding (arXiv 2104.09864): scores depend on the distance alone."""
+def rope(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary position embedding (arXiv 2104.09864): scores depend on the distance alone.
 
-    inv_freq: Tensor
-
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__()
-        inv_freq = config.rope_theta ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
-        if config.rope_scaling is not None:
-            inv_freq = _stretch(inv_freq, config.rope_scaling)
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
-
-    def forward(self, start: int, count: int) -> tuple[Tensor, Tensor]:
-        """cos and sin (count, D) of the positions start, start + 1, ..."""
-        positions = torch.arange(start, start + count, device=self.inv_freq.device)
-        angles = torch.outer(positions.float(), self.inv_freq)
-        angles = torch.cat(
-            [angles, angles], dim=-1
-        )  # the two halves of a head turn by the same angles
-        return angles.cos(), angles.sin()
+    positions (N,) -> the cosines and signed sines (N, D) that `rotate` turns by, in float32.
+    """
+    steps = torch.arange(0, config.head_dim, 2, device=positions.device)
+    frequencies = config.rope_theta ** -(steps / config.head_dim)
+    if config.rope_scaling is not None:
+        frequencies = _stretch(frequencies, config.rope_scaling)
+    angles = torch.outer(positions.float(), frequencies)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn every pair (x[i], x[i + D/2]) of x (B, H, N, D) by its angle."""
     first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+    return (x * cos + torch.cat([second, first], dim=-1) * sin).to(x.dtype)
+
+
+class Place(NamedTuple):
+    """Where the N positions of a pass stand: what all layers share."""
+
+    positions: Tensor  # (N,)
+    cos: Tensor  # (N, D)
+    sin: Tensor  # (N, D)
+    mask: Tensor | None  # (N, M) for the M keys of a cache
 
 
 class Attention(nn.Module):
@@ -128,22 +145,16 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.n_embd, kv_width, bias=False)
         self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, place: Place, cache: KVCache | None) -> Tensor:
         q, k, v = (
             rearrange(proj(x), "b n (h d) -> b h n d", d=self.head_dim)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotate(q, place.cos, place.sin), rotate(k, place.cos, place.sin)
         if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
-        # SDPA aligns is_causal at the top left: right for as many queries as keys, wrong behind a
-        # cache.
-        queries, keys = q.shape[2], k.shape[2]
-        mask = None
-        if 1 < queries < keys:
-            mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+            k, v = cache.extend(self.layer, place.positions, k, v)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=queries == keys, enable_gqa=self.grouped
+            q, k, v, attn_mask=place.mask, is_causal=cache is None, enable_gqa=self.grouped
         )
         return self.o_proj(rearrange(y, "b h n d -> b n (h d)"))
 
@@ -171,8 +182,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+    def forward(self, x: Tensor, place: Place, cache: KVCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), place, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -182,7 +193,6 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
-        self.rope = Rope(config)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         self.apply(self._init)
@@ -190,11 +200,19 @@ class Llama(nn.Module):
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """Hidden states (B, N, C) -> (B, N, C). With a cache, x continues what is in it."""
         start = 0 if cache is None else cache.length
-        cos, sin = self.rope(start, x.shape[1])
+        positions = torch.arange(start, start + x.shape[1], device=x.device)
+        if cache is None:
+            return self.at(positions, None, x, None)
+        cache.length += x.shape[1]
+        return self.at(positions, cache.mask(positions), x, cache)
+
+    def at(
+        self, positions: Tensor, mask: Tensor | None, x: Tensor, cache: KVCache | None
+    ) -> Tensor:
+        """The same at positions (N,), which see the keys of the cache that mask (N, M) says."""
+        place = Place(positions, *rope(self.config, positions), mask)
         for layer in self.layers:
-            x = layer(x, cos, sin, cache)
-        if cache is not None:
-            cache.length += x.shape[1]
+            x = layer(x, place, cache)
         return self.norm(x)
 
     def _init(self, module: nn.Module) -> None:
@@ -207,9 +225,9 @@ class Llama(nn.Module):
                 nn.init.normal_(writer.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
 
-def _stretch(inv_freq: Tensor, scaling: RopeScaling) -> Tensor:
+def _stretch(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     """Slow the rotations that do not complete in the original context; keep the fast."""
-    turns = scaling.original_max_positions * inv_freq / (2 * math.pi)
+    turns = scaling.original_max_positions * frequencies / (2 * math.pi)
     blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     blend = blend.clamp(0, 1)
-    return inv_freq * (blend + (1 - blend) / scaling.factor)
+    return frequencies * (blend + (1 - blend) / scaling.factor)

@@ -8,9 +8,10 @@ from nanomimi.llama import (
     KVCache,
     Llama,
     LlamaConfig,
+    Place,
     RMSNorm,
-    Rope,
     RopeScaling,
+    rope,
     rotate,
 )
 
@@ -26,7 +27,7 @@ def llama() -> Llama:
 def test_attention_equals_an_explicit_softmax_over_grouped_heads():
     torch.manual_seed(0)
     attention, x = Attention(CONFIG, 0), torch.randn(1, 6, 32)
-    cos, sin = Rope(CONFIG)(0, 6)
+    cos, sin = rope(CONFIG, torch.arange(6))
     expected = torch.zeros(6, 32)
     for head in range(4):
         group = head // 2  # two query heads share a key-value head
@@ -38,7 +39,9 @@ def test_attention_equals_an_explicit_softmax_over_grouped_heads():
                 torch.stack([q[i] @ k[j] for j in range(i + 1)]) / math.sqrt(8), dim=0
             )
             expected[i, 8 * head : 8 * head + 8] = sum(w * v[j] for j, w in enumerate(weights))
-    torch.testing.assert_close(attention(x, cos, sin, None)[0], attention.o_proj(expected))
+    torch.testing.assert_close(
+        attention(x, Place(torch.arange(6), cos, sin, None), None)[0], attention.o_proj(expected)
+    )
 
 
 def test_rms_norm_divides_by_the_root_mean_square():
@@ -52,14 +55,14 @@ def test_rms_norm_divides_by_the_root_mean_square():
 
 def test_rope_scores_depend_on_the_distance_alone():
     q, k = torch.randn(8), torch.randn(8)
-    cos, sin = Rope(CONFIG)(0, 50)
+    cos, sin = rope(CONFIG, torch.arange(50))
     score = lambda i, j: rotate(q, cos[i], sin[i]) @ rotate(k, cos[j], sin[j])
     torch.testing.assert_close(score(10, 3), score(47, 40))
     assert not torch.isclose(score(10, 3), score(10, 4))
 
 
 def test_rope_turns_each_pair_as_a_complex_number_turns():
-    x, (cos, sin) = torch.randn(8), Rope(CONFIG)(7, 1)
+    x, (cos, sin) = torch.randn(8), rope(CONFIG, torch.tensor([7]))
     angles = 7 * 10000.0 ** (-torch.arange(0, 8, 2) / 8)
     turned = torch.complex(x[:4], x[4:]) * torch.polar(torch.ones(4), angles)
     torch.testing.assert_close(rotate(x, cos[0], sin[0]), torch.cat([turned.real, turned.imag]))
@@ -67,8 +70,10 @@ def test_rope_turns_each_pair_as_a_complex_number_turns():
 
 def test_rope_scaling_keeps_fast_rotations_and_slows_slow_ones():
     shape = dict(n_layer=1, n_head=1, n_kv_head=1, n_embd=64, n_hidden=8, rope_theta=500000.0)
-    plain = Rope(LlamaConfig(**shape)).inv_freq
-    ratio = Rope(LlamaConfig(**shape, rope_scaling=RopeScaling(factor=32.0))).inv_freq / plain
+    # Position 1 turns by the frequency itself; the signed sines begin with -sin.
+    frequencies = lambda config: -rope(config, torch.tensor([1]))[1][0, :32].asin()
+    plain = frequencies(LlamaConfig(**shape))
+    ratio = frequencies(LlamaConfig(**shape, rope_scaling=RopeScaling(factor=32.0))) / plain
     turns = 8192 * plain / (2 * math.pi)
     torch.testing.assert_close(ratio[turns > 4], torch.ones(int((turns > 4).sum())))
     torch.testing.assert_close(ratio[turns < 1], torch.full((int((turns < 1).sum()),), 1 / 32))
