@@ -9,20 +9,14 @@ Audio is wav, flac, mp3, ogg or opus of any rate, mono or stereo. A file's group
 folder: the speaker in most corpora. Files that cannot be read are listed at the end.
 """
 
-import contextlib
-import os
-import queue
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
@@ -31,6 +25,7 @@ from nanomimi.audio import audio_files, read_chunks
 from nanomimi.codec import Codec
 from nanomimi.config import Config, Processes, argument, join_processes, option, resolve_device, run
 from nanomimi.data import DatasetWriter, Split, merge
+from nanomimi.encoding import BLOCK, Recording, encode_all
 from nanomimi.tiny import digits
 
 
@@ -83,16 +78,6 @@ def prepare(config: PrepareConfig) -> None:
     )
 
 
-@dataclass(frozen=True)
-class Recording:
-    """What becomes one utterance; `chunks` reads its pieces (S,)."""
-
-    split: Split
-    file: str
-    group: str
-    chunks: Callable[[], Iterable[np.ndarray]]
-
-
 def _files(files: list[tuple[Path, Split]], sample_rate: int) -> Iterator[Recording]:
     for file, split in files:
         chunks = partial(read_chunks, file, sample_rate)
@@ -117,7 +102,12 @@ def _share(
 
     The shares are consecutive files, so that the parts, one behind another, are the whole.
     """
-    first, end = (len(files) * rank // by.count for rank in (by.rank, by.rank + 1))
+    # Whole blocks, so that a GPU's batches do not depend on the number of processes.
+    block = 1 if by.device.type == "cpu" else BLOCK
+    blocks = -(-len(files) // block)
+    first, end = (
+        min(len(files), blocks * rank // by.count * block) for rank in (by.rank, by.rank + 1)
+    )
     recordings = _files(files[first:end], codec.sample_rate)
     total, unit = end - first, "file"
     if not files:
@@ -127,54 +117,13 @@ def _share(
             return []
     skipped = []
     with tqdm(total=total, unit=unit, disable=by.rank > 0) as bar:
-        for recording, codes in _encoded(recordings, codec, by):
+        for recording, codes in encode_all(recordings, codec):
             if isinstance(codes, Tensor):
                 writer.add(recording.split, codes, recording.file, recording.group)
             else:
                 skipped.append(f"skipped: {codes}")
             _advance(bar, 1 if files else int(writer.seconds) - bar.n, writer)
     return skipped
-
-
-def _encoded(
-    recordings: Iterator[Recording], codec: Codec, by: Processes
-) -> Iterator[tuple[Recording, Tensor | Exception]]:
-    """Codes (Q, T) of every recording, in order, or why there are none.
-
-    A clip keeps one core busy, not many: on a CPU a thread per core has a codec of its own.
-    """
-    cores = max(1, (os.cpu_count() or 1) // by.count) if by.device.type == "cpu" else 1
-    codecs: queue.SimpleQueue[Codec] = queue.SimpleQueue()
-    for own in [codec, *(codec.twin() for _ in range(cores - 1))]:
-        codecs.put(own)
-
-    def encode(recording: Recording) -> tuple[Recording, Tensor | Exception]:
-        own = codecs.get()
-        try:
-            return recording, own.encode_chunks(recording.chunks())
-        except (ValueError, OSError) as error:
-            return recording, error
-        finally:
-            codecs.put(own)
-
-    with _threads_of_torch(1 if cores > 1 else None), ThreadPoolExecutor(cores) as pool:
-        waiting = deque()
-        for recording in recordings:
-            waiting.append(pool.submit(encode, recording))
-            if len(waiting) > 2 * cores:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-@contextlib.contextmanager
-def _threads_of_torch(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _advance(bar: tqdm, amount: int, writer: DatasetWriter) -> None:

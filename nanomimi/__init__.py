@@ -8,9 +8,9 @@ Letters, the same in every file: B batch, S samples of audio, T frames of 80 ms,
 tokens (T*Q), C channels (n_embd), H heads, D dimensions per head, V classes per codebook
 (codebook_size + 1, for END).
 
-Read in this order: audio, codec, tokens, data, llama, replay, flat, hierarchical, sampling,
-likelihood, salmon, checkpoint, config; then prepare.py, train.py and sample.py; then evaluate,
-timing and bench.
+Read in this order: audio, codec, tokens, data, encoding, llama, replay, flat, hierarchical,
+sampling, likelihood, salmon, checkpoint, config; then prepare.py, train.py and sample.py; then
+evaluate, timing and bench.
 """
 
 from nanomimi.codec import Codec

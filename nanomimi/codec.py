@@ -93,6 +93,14 @@ class Codec:
         with self._streaming(len(wav)):
             return torch.cat([self.mimi.encode(p.to(self.device)) for p in pieces], dim=2)
 
+    def encode_clips(self, clips: list[np.ndarray]) -> list[Tensor]:
+        """Clips (S,) as one batch -> the codes (Q, T) that each has alone."""
+        wav = torch.zeros(len(clips), 1, max(len(clip) for clip in clips))
+        for row, clip in zip(wav, clips):
+            row[0, : len(clip)] = torch.from_numpy(clip)
+        frames = (-(-len(clip) // self.frame_size) for clip in clips)
+        return [codes[:, :count] for codes, count in zip(self.encode(wav), frames)]
+
     @torch.inference_mode()
     def encode_chunks(self, chunks: Iterable[np.ndarray]) -> Tensor:
         """Consecutive pieces (S,) of one recording -> codes (Q, T), in constant memory."""
