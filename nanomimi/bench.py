@@ -1,6 +1,6 @@
 """How fast, beside its own limits and its rivals: python -m nanomimi.bench
 
-    python -m nanomimi.bench                    training, generation and codec in a few minutes
+    python -m nanomimi.bench                    training, generation, codec, scaling in minutes
     python -m nanomimi.bench --reference hf     and Hugging Face's Llama, where it is installed
     python -m nanomimi.bench --compile          and compiled training
 
@@ -12,8 +12,11 @@ that precision; a generator's floor is the time of its weight products alone.
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,21 +25,24 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from nanomimi.codec import Codec, build
-from nanomimi.config import Config, option, resolve_device, run
+from nanomimi.config import Config, join_processes, option, resolve_device, run
+from nanomimi.contenders import CPU, GPU, HuggingFace, Shape, contenders
 from nanomimi.data import FORMAT, TokenDataset
 from nanomimi.flat import FlatLM
-from nanomimi.hierarchical import HierarchicalLM, csm_depth
-from nanomimi.llama import LlamaConfig
+from nanomimi.hierarchical import HierarchicalLM
 from nanomimi.timing import (
     Turn,
     gemm_rate,
     interleave,
-    saved_bytes,
+    likeliest,
+    peak_bytes,
     seconds,
     speak_turn,
     train_turn,
@@ -47,7 +53,9 @@ from nanomimi.tokens import separator
 
 @dataclass(frozen=True)
 class BenchConfig(Config):
-    part: Literal["all", "training", "generation", "codec"] = option("all", "what to measure")
+    part: Literal["all", "training", "generation", "codec", "scaling"] = option(
+        "all", "what to measure"
+    )
     reference: Literal["none", "hf"] = option("none", "hf: transformers' LlamaForCausalLM too")
     compile: bool = option(False, "measure compiled training too")
     rounds: int = option(10, "turns of every contender", at_least=1)
@@ -55,32 +63,14 @@ class BenchConfig(Config):
     device: str = option("auto", "auto, cpu or cuda")
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A model and its batch; a window is max_frames + 1 frames."""
-
-    llama: LlamaConfig
-    num_codebooks: int
-    codebook_size: int
-    max_frames: int
-    batch_size: int
-
-
-CPU = {
-    "default": Shape(LlamaConfig(4, 4, 4, 192, 512), 4, 256, 128, 4),
-    "A": Shape(LlamaConfig(6, 6, 6, 384, 1024), 4, 1024, 128, 2),
-    "B": Shape(LlamaConfig(6, 6, 2, 384, 1024), 8, 1024, 64, 2),
-}
-GPU = {
-    "124M": Shape(LlamaConfig(12, 12, 12, 768, 2048), 4, 2048, 256, 16),
-    "1.2B": Shape(LlamaConfig(16, 32, 8, 2048, 8192, 500000.0), 4, 2048, 256, 8),
-}
 SECONDS = 4  # of the codec's clips
 
 
 def bench(config: BenchConfig) -> None:
     """Measure and print."""
     device = resolve_device(config.device)
+    if "RANK" in os.environ:
+        return scaling(config, device)
     if config.reference == "hf" and not importlib.util.find_spec("transformers"):
         print("no Hugging Face reference: transformers is not installed")
         config = replace(config, reference="none")
@@ -89,7 +79,7 @@ def bench(config: BenchConfig) -> None:
     cpu = f"CPU, {torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     products = (f"{str(d)[6:]} {rate / 1e9:,.0f} GFLOP/s" for d, rate in rates.items())
-    print(f"{name}; matrix products: {', '.join(products)}")
+    print(f"{name}; matrix products: {', '.join(products)}", flush=True)
     if config.part in ("all", "training"):
         for label, shape in shapes.items():
             training(label, shape, rates, config, device)
@@ -98,6 +88,8 @@ def bench(config: BenchConfig) -> None:
             generation(label, shape, config, device)
     if config.part in ("all", "codec"):
         codec(config, device)
+    if config.part in ("all", "scaling"):
+        launch(config, device)
 
 
 def training(
@@ -108,22 +100,18 @@ def training(
     device: torch.device,
 ) -> None:
     """Steps of forward, backward, clipping and fused AdamW, by model and precision."""
-    ids = torch.randint(0, shape.codebook_size, (shape.batch_size, shape.max_frames + 1, 1))
-    offsets = torch.arange(shape.num_codebooks) * (shape.codebook_size + 1)
-    tokens = rearrange(ids + offsets, "b t q -> b (t q)").to(device)
+    tokens = _random_tokens(shape).to(device)
     count = shape.batch_size * shape.max_frames * shape.num_codebooks
     turns, flops, memory = {}, {}, {}
     # On a GPU nobody trains in float32, and the large shape would not fit twice.
     for dtype in rates if device.type == "cpu" else [torch.bfloat16]:
-        for name, make in _models(shape, config.reference).items():
+        for name, make in contenders(shape, config.reference).items():
             for compiled in (False, True) if config.compile else (False,):
                 key = f"{name}, {str(dtype)[6:]}{', compiled' * compiled}"
                 torch.manual_seed(0)
                 model = make().to(device)
-                flops[key], memory[key] = (
-                    training_flops(model, tokens),
-                    saved_bytes(model, tokens, dtype),
-                )
+                flops[key] = training_flops(model, tokens)
+                memory[key] = "" if compiled else f"{peak_bytes(model, tokens, dtype) / 2**20:,.0f}"
                 if compiled:
                     model.compile()
                 turns[key] = train_turn(model, tokens, dtype)
@@ -136,46 +124,51 @@ def training(
         total = sum(parts.values())
         rate = rates[torch.bfloat16 if "bfloat16" in key else torch.float32]
         cells = [f"{1000 * parts[part]:.0f}" for part in ("forward", "backward", "optimizer")]
-        mfu, saved = flops[key] / total / rate, memory[key] / 2**20
-        rows.append([key, f"{count / total:,.0f}", *cells, f"{mfu:.0%}", f"{saved:,.0f}", total])
-    head = ["tokens/s", "forward", "backward", "optimizer", "MFU", "saved MB"]
+        mfu = f"{flops[key] / total / rate:.0%}"
+        rows.append([key, f"{count / total:,.0f}", *cells, mfu, memory[key], total])
+    head = ["tokens/s", "forward", "backward", "optimizer", "MFU", "peak MB"]
     rows.append(["reading a batch", *[""] * len(head), sum(reading.values())])
-    show(f"training, shape {label} ({_millions(shape)}); ms a step", head, rows)
+    show(f"training, shape {label} ({shape.millions}); ms a step", head, rows)
 
 
 def generation(label: str, shape: Shape, config: BenchConfig, device: torch.device) -> None:
-    """Frames from nothing, one row and eight; the floor is taken in the same turns."""
+    """Frames from nothing, one row and eight: the codes, the codes with their audio, the floor."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    frame_rate = Codec.load("tiny", 1).frame_rate
+    # A codec that knows all codes of the shape, so that any frame can be heard.
+    mimi = Codec.load("tiny", 8, device)
+    if mimi.codebook_size < shape.codebook_size:
+        mimi = _full_size(device)
     turns: dict[str, Turn] = {}
-    makers = _models(shape, config.reference)
+    makers = contenders(shape, config.reference)
     del makers["joint softmax"]
     for name, make in makers.items():
         torch.manual_seed(0)
         model = make().to(device, dtype).eval()
         for rows in (1, 8):
-            turns[f"{name}, batch {rows}"] = _speak(model, rows, config.frames)
-    times = interleave(turns, config.rounds, f"generation {label}")
+            turns[f"{name}, batch {rows}"] = _speak(model, mimi, rows, config.frames)
+    times = interleave(turns, max(3, config.rounds // 2), f"generation {label}")
     lines = []
     for key, parts in times.items():
-        total = parts["generate"] / config.frames
-        rows = int(key.rsplit(" ", 1)[1])
-        per_token = 1000 * total / shape.num_codebooks
-        share = f"{parts['floor'] / parts['generate']:.0%}" if "floor" in parts else ""
-        rate, speed = rows * shape.num_codebooks / total, rows / frame_rate / total
-        cells = [f"{per_token:.2f}", f"{rate:,.0f}", f"{speed:.1f} x", share]
+        total, rows = parts["generate"] / config.frames, int(key.rsplit(" ", 1)[1])
+        cells = [f"{1000 * total / shape.num_codebooks:.2f}"]
+        cells += [f"{rows * shape.num_codebooks / total:,.0f}"]
+        cells += [f"{rows / mimi.frame_rate / total:.1f} x", "", "", ""]
+        if "floor" in parts:
+            audible = rows * config.frames / mimi.frame_rate / parts["speak"]
+            share = f"{parts['floor'] / parts['generate']:.0%}"
+            cells[3:] = [share, f"{audible:.1f} x", f"{1000 * parts['first']:.0f}"]
         lines.append([key, *cells, total])
-    head = ["ms/token", "tokens/s", "real time", "share of floor"]
-    show(f"generation, shape {label} ({_millions(shape)}), {str(dtype)[6:]}", head, lines)
+    head = ["ms/token", "tokens/s", "real time", "of its floor", "with codec", "ms to sound"]
+    show(f"generation, shape {label} ({shape.millions}), {str(dtype)[6:]}", head, lines)
 
 
 def codec(config: BenchConfig, device: torch.device) -> None:
     """Encoding and decoding of clips of four seconds, the bundled Mimi and one of full size."""
     turns: dict[str, Turn] = {}
-    tiny = Codec.load("tiny", 8, device)
-    full = Codec(build(None).to(device), "untrained", "")
-    full.mimi.set_num_codebooks(8)
-    for name, mimi in (("bundled", tiny), ("full size", full)):
+    for name, mimi in (
+        ("bundled", Codec.load("tiny", 8, device)),
+        ("full size", _full_size(device)),
+    ):
         for rows in (1, 8):
             wav = 0.1 * torch.randn(rows, 1, SECONDS * mimi.sample_rate, device=device)
             codes = torch.zeros(rows, 8, round(SECONDS * mimi.frame_rate), dtype=torch.long)
@@ -183,10 +176,54 @@ def codec(config: BenchConfig, device: torch.device) -> None:
     times = interleave(turns, max(3, config.rounds // 3), "codec")
     lines = []
     for key, parts in times.items():
-        seconds = SECONDS * int(key.rsplit(" ", 1)[1])
-        speeds = [f"{seconds / parts[part]:.1f}" for part in ("encode", "decode")]
+        length = SECONDS * int(key.rsplit(" ", 1)[1])
+        speeds = [f"{length / parts[part]:.1f}" for part in ("encode", "decode")]
         lines.append([key, *speeds, sum(parts.values())])
     show(f"codec, 8 codebooks, clips of {SECONDS} s; x real time", ["encode", "decode"], lines)
+
+
+def launch(config: BenchConfig, device: torch.device) -> None:
+    """Run `scaling` in two processes that share the cores, or have a GPU each."""
+    if device.type == "cuda" and torch.cuda.device_count() < 2:
+        print("\nscaling: not measured, there is one GPU")
+        return
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    flags = ["--rounds", str(config.rounds), "--device", device.type]
+    threads = str(max(1, (os.cpu_count() or 1) // 2))
+    subprocess.run(
+        [sys.executable, "-m", *torchrun, "-m", "nanomimi.bench", *flags],
+        env={**os.environ, "OMP_NUM_THREADS": threads},
+        check=True,
+    )
+
+
+def scaling(config: BenchConfig, device: torch.device) -> None:
+    """The same batch in every process: steps of the first one alone, and of all in step."""
+    shape = CPU["default"] if device.type == "cpu" else GPU["124M"]
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    with join_processes(device) as by:
+        tokens = _random_tokens(shape).to(by.device)
+        torch.manual_seed(0)
+        models = [FlatLM(shape.llama, *shape.tokens).to(by.device) for _ in range(2)]
+        alone = train_turn(models[0], tokens, dtype)
+        together = train_turn(DistributedDataParallel(models[1]), tokens, dtype)
+
+        def first_alone() -> dict[str, float]:
+            parts = alone() if by.rank == 0 else {"step": 0.0}
+            dist.barrier()
+            return {"step": sum(parts.values())}
+
+        turns = {"1 process": first_alone, f"{by.count} processes": together}
+        times = interleave(turns, config.rounds, "scaling", quiet=by.rank > 0)
+        if by.rank > 0:
+            return
+        count, lines = shape.batch_size * shape.max_frames * shape.num_codebooks, []
+        one = sum(times["1 process"].values())
+        for processes, (key, parts) in zip((1, by.count), times.items()):
+            total = sum(parts.values())
+            rate, efficiency = f"{processes * count / total:,.0f}", f"{one / total:.0%}"
+            lines.append([key, rate, efficiency, total])
+        show(f"scaling, {torch.get_num_threads()} threads each", ["tokens/s", "efficiency"], lines)
 
 
 def show(title: str, head: list[str], rows: list[list[Any]]) -> None:
@@ -194,72 +231,18 @@ def show(title: str, head: list[str], rows: list[list[Any]]) -> None:
     print(f"\n{title}")
     head, first = [*head, "time"], rows[0][-1]
     width = max(len(row[0]) for row in rows)
-    print(" " * width + "".join(f"{title:>16}" for title in head))
+    print(" " * width + "".join(f"{title:>14}" for title in head))
     for name, *cells, total in rows:
-        print(f"{name:{width}}" + "".join(f"{c:>16}" for c in [*cells, f"{total / first:.2f}"]))
-
-
-class JointLM(FlatLM):
-    """The paper's head: one softmax over the classes of all codebooks, otherwise FlatLM."""
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        q = self.num_codebooks
-        hidden = self.llama(self.embedding(tokens[:, :-1]))[:, q - 1 :]
-        logits = rearrange(hidden @ self.head.flatten(0, 1).T, "b n v -> (b n) v")
-        nats = F.cross_entropy(logits.float(), tokens[:, q:].flatten(), reduction="none")
-        return rearrange(nats, "(b t q) -> b t q", q=q, b=len(tokens))
-
-
-class HuggingFace(nn.Module):
-    """transformers' LlamaForCausalLM over the joint vocabulary, with the face of ours."""
-
-    def __init__(self, shape: Shape) -> None:
-        from transformers import LlamaConfig as TheirConfig
-        from transformers import LlamaForCausalLM
-
-        super().__init__()
-        c, self.num_codebooks = shape.llama, shape.num_codebooks
-        self.llama = LlamaForCausalLM(
-            TheirConfig(
-                vocab_size=shape.num_codebooks * (shape.codebook_size + 1),
-                hidden_size=c.n_embd,
-                intermediate_size=c.n_hidden,
-                num_hidden_layers=c.n_layer,
-                num_attention_heads=c.n_head,
-                num_key_value_heads=c.n_kv_head,
-                attn_implementation="sdpa",
-                bos_token_id=None,
-                eos_token_id=None,
-                pad_token_id=None,
-            )
+        print(
+            f"{name:{width}}" + "".join(f"{c:>14}" for c in [*cells, f"{total / first:.2f}"]),
+            flush=True,
         )
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        q = self.num_codebooks
-        logits = self.llama(tokens[:, :-1], use_cache=False).logits[:, q - 1 :].float()
-        return F.cross_entropy(
-            rearrange(logits, "b n v -> (b n) v"), tokens[:, q:].flatten(), reduction="none"
-        )
 
-    @torch.inference_mode()
-    def generate(
-        self, prompt: Tensor, num_frames: int, sample: Callable[[Tensor], Tensor]
-    ) -> Iterator[Tensor]:
-        """All frames at once, by the library's own loop and its dynamic cache; always greedy."""
-        ids = rearrange(prompt, "b q t -> b (t q)")
-        new = num_frames * self.num_codebooks
-        tokens = self.llama.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False)
-        yield from rearrange(tokens[:, -new:], "b (t q) -> t b q", q=self.num_codebooks)
-
-
-def _models(shape: Shape, reference: str) -> dict[str, Callable[[], nn.Module]]:
-    tokens = shape.num_codebooks, shape.codebook_size, shape.max_frames
-    models: dict[str, Callable[[], nn.Module]] = {
-        "flat": lambda: FlatLM(shape.llama, *tokens),
-        "hierarchical": lambda: HierarchicalLM(shape.llama, csm_depth(shape.llama), *tokens),
-        "joint softmax": lambda: JointLM(shape.llama, *tokens),
-    }
-    return {**models, "Hugging Face": lambda: HuggingFace(shape)} if reference == "hf" else models
+def _random_tokens(shape: Shape) -> Tensor:
+    ids = torch.randint(0, shape.codebook_size, (shape.batch_size, shape.max_frames + 1, 1))
+    offsets = torch.arange(shape.num_codebooks) * (shape.codebook_size + 1)
+    return rearrange(ids + offsets, "b t q -> b (t q)")
 
 
 @contextmanager
@@ -279,15 +262,29 @@ def _read(data: TokenDataset, shape: Shape) -> dict[str, float]:
     return {"read": seconds(read, torch.device("cpu"))}
 
 
-def _speak(model: nn.Module, rows: int, frames: int) -> Turn:
-    """Generation, and in the same turn the weight products that it takes."""
+def _full_size(device: torch.device) -> Codec:
+    """Mimi as Kyutai's, untrained: as fast, and it says nothing."""
+    mimi = Codec(build(None).to(device), "untrained", "")
+    mimi.mimi.set_num_codebooks(8)
+    mimi.num_codebooks = 8
+    return mimi
+
+
+def _speak(model: nn.Module, mimi: Codec, rows: int, frames: int) -> Turn:
+    """Generation; then with its audio, the first frame of it, and the weight products alone."""
     device = next(model.parameters()).device
     if isinstance(model, HuggingFace):
         prompt = torch.zeros(rows, model.num_codebooks, 1, dtype=torch.long, device=device)
         return speak_turn(model, prompt, frames)
     prompt = separator(model.num_codebooks, model.codebook_size).to(device).expand(rows, -1, -1)
-    generate, floor = speak_turn(model, prompt, frames), partial(_floor, model, rows, frames)
-    return lambda: {**generate(), "floor": seconds(floor, device)}
+    generate = speak_turn(model, prompt, frames)
+    audio = lambda: mimi.decode_stream(model.generate(prompt, frames, likeliest))
+    return lambda: {
+        **generate(),
+        "speak": seconds(lambda: list(audio()), device),
+        "first": seconds(lambda: next(audio()), device),
+        "floor": seconds(partial(_floor, model, rows, frames), device),
+    }
 
 
 @torch.inference_mode()
@@ -312,12 +309,6 @@ def _code(mimi: Codec, wav: Tensor, codes: Tensor) -> dict[str, float]:
         "encode": seconds(lambda: mimi.encode(wav), wav.device),
         "decode": seconds(lambda: mimi.decode(codes), wav.device),
     }
-
-
-def _millions(shape: Shape) -> str:
-    with torch.device("meta"):
-        model = FlatLM(shape.llama, shape.num_codebooks, shape.codebook_size, shape.max_frames)
-    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M"
 
 
 if __name__ == "__main__":

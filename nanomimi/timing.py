@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -14,10 +15,12 @@ from tqdm import tqdm
 Turn = Callable[[], dict[str, float]]  # works once and returns named seconds
 
 
-def interleave(turns: dict[str, Turn], rounds: int, name: str) -> dict[str, dict[str, float]]:
+def interleave(
+    turns: dict[str, Turn], rounds: int, name: str, quiet: bool = False
+) -> dict[str, dict[str, float]]:
     """Median seconds of every part of every turn, after one round of warming up."""
     seen: dict[str, list[dict[str, float]]] = {key: [] for key in turns}
-    for _ in tqdm(range(rounds + 1), name, unit="round", leave=False):
+    for _ in tqdm(range(rounds + 1), name, unit="round", leave=False, disable=quiet):
         for key, turn in turns.items():
             seen[key].append(turn())
     return {
@@ -69,10 +72,13 @@ def train_turn(model: nn.Module, tokens: Tensor, dtype: torch.dtype) -> Turn:
     }
 
 
+def likeliest(logits: Tensor) -> Tensor:
+    """The likeliest code (B,); END, the last class, would stop generation early."""
+    return logits[:, :-1].argmax(dim=-1)
+
+
 def speak_turn(model: nn.Module, prompt: Tensor, frames: int) -> Turn:
     """Generation of the likeliest frames behind prompt, codes (B, Q, T)."""
-    # END, the last class, would stop it early.
-    likeliest = lambda logits: logits[:, :-1].argmax(dim=-1)
     work = lambda: list(model.generate(prompt, frames, likeliest))
     return lambda: {"generate": seconds(work, prompt.device)}
 
@@ -86,20 +92,19 @@ def training_flops(model: nn.Module, tokens: Tensor) -> int:
     return counter.get_total_flops()
 
 
-def saved_bytes(model: nn.Module, tokens: Tensor, dtype: torch.dtype) -> int:
-    """What the forward pass keeps for the backward pass, weights aside."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    seen: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), _autocast(tokens, dtype):
-        model(tokens).mean()
-    return sum(seen.values())
+def peak_bytes(model: nn.Module, tokens: Tensor, dtype: torch.dtype) -> int:
+    """Most memory in a training step: weights, gradients, AdamW's moments, and what passes keep."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    for _ in range(2):  # the moments exist from the second step on
+        tracker = MemTracker()
+        tracker.track_external(model, optimizer)
+        with tracker:
+            with _autocast(tokens, dtype):
+                loss = model(tokens).mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return tracker.get_tracker_snapshot("peak")[tokens.device]["Total"]
 
 
 def _autocast(tokens: Tensor, dtype: torch.dtype) -> torch.autocast:

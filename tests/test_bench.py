@@ -1,13 +1,16 @@
 """python -m nanomimi.bench: its contenders compute the same thing, its tables are complete."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from nanomimi import bench as bench_module
-from nanomimi.bench import BenchConfig, JointLM, Shape, bench
+from nanomimi.bench import BenchConfig, bench
+from nanomimi.contenders import JointLM, Shape
 from nanomimi.flat import FlatLM
 from nanomimi.llama import LlamaConfig
-from nanomimi.timing import interleave, saved_bytes, training_flops
+from nanomimi.timing import interleave, peak_bytes, training_flops
 from nanomimi.tokens import flatten
 from tests.conftest import small_model
 
@@ -72,11 +75,20 @@ def test_flops_are_six_per_weight_and_token_and_those_of_attention():
     assert counted == pytest.approx(expected, rel=0.01)
 
 
-def test_saved_bytes_grow_with_the_batch_and_leave_the_weights_out():
+def test_peak_memory_is_that_of_weights_moments_and_what_grows_with_the_batch():
     model = small_model("flat", 3, max_frames=8)
-    one, four = (
-        saved_bytes(model, torch.zeros(rows, 9 * 3, dtype=torch.long), torch.float32)
-        for rows in (1, 4)
+    one, two, four = (
+        peak_bytes(model, torch.zeros(rows, 9 * 3, dtype=torch.long), torch.float32)
+        for rows in (1, 2, 4)
     )
-    rotations = 2 * 26 * 8 * 4  # cos and sin of 26 positions, which all rows share
-    assert four == pytest.approx(4 * one, abs=4 * rotations)
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    assert four - two == pytest.approx(2 * (two - one), rel=0.05)
+    assert one - (two - one) == pytest.approx(3 * weights, rel=0.1)  # AdamW keeps two moments
+
+
+def test_the_joint_softmax_needs_more_memory():
+    models = [kind(replace(TINY.llama, n_layer=2), 8, 255, 8) for kind in (FlatLM, JointLM)]
+    tokens = torch.zeros(4, 9 * 8, dtype=torch.long)
+    flat, joint = (peak_bytes(model, tokens, torch.float32) for model in models)
+    logits = 4 * 8 * 8 * 256 * 4  # bytes of one codebook's classes for every token
+    assert joint - flat > 2 * 7 * logits

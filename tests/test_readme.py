@@ -60,7 +60,7 @@ def test_the_readme_shows_every_script():
 
 def test_flags_named_in_the_text_exist():
     known = {f"--{name}" for config in CONFIGS.values() for name in config.__dataclass_fields__}
-    others = {"--nproc_per_node"}  # torchrun's
+    others = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}  # torchrun's
     assert set(re.findall(r"--\w+", README)) <= known | others
 
 

@@ -2,6 +2,7 @@ import json
 import math
 import os
 import re
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -73,33 +74,45 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(config, monkeypat
     assert steps[0] == steps[1] == [3, 6, 6, 9, 12, 12]
 
 
-def test_two_processes_train_as_one(config):
-    one = train(replace(config, grad_accum=2))
-    two = config.out.with_name("two")
-    flags = [
-        f"--{k}={v}"
-        for k, v in dict(SMALL, data=config.data, out=two, arch=config.arch, grad_accum=2).items()
-    ]
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            "train.py",
-            *flags,
-        ],
+def torchrun(config: TrainConfig, *launch: str) -> subprocess.Popen:
+    flags = dict(SMALL, data=config.data, out=config.out, arch=config.arch, grad_accum=2)
+    command = [sys.executable, "-m", "torch.distributed.run", *launch, "train.py"]
+    return subprocess.Popen(
+        [*command, *(f"--{key}={value}" for key, value in flags.items())],
         cwd=ROOT,
-        check=True,
-        capture_output=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+
+
+def same_training(launched: list[subprocess.Popen], config: TrainConfig, two: Path) -> None:
+    for process in launched:
+        errors = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, errors
+    one = train(replace(config, grad_accum=2))
     a, b = weights(config.out), weights(two)
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=2e-5, rtol=1e-3)
     lines = [json.loads(line) for line in (two / "log.jsonl").read_text().splitlines()]
     assert abs(lines[-1]["validation"]["nats_per_token"] - one["nats_per_token"]) < 1e-4
+
+
+def test_two_processes_train_as_one(config):
+    two = replace(config, out=config.out.with_name("two"))
+    same_training([torchrun(two, "--standalone", "--nproc_per_node=2")], config, two.out)
+
+
+def test_two_machines_train_as_one(random_data, tmp_path):
+    """Two launchers that meet at an address, as on two machines."""
+    config = TrainConfig(data=random_data, out=tmp_path / "run", **SMALL)
+    two = replace(config, out=tmp_path / "two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meet = f"--rdzv_endpoint=127.0.0.1:{free.getsockname()[1]}"
+    launch = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=test", meet]
+    same_training([torchrun(two, *launch) for _ in range(2)], config, two.out)
 
 
 def test_accumulated_micro_steps_equal_one_large_step(config):
