@@ -82,7 +82,10 @@ def bench(config: BenchConfig) -> None:
     print(f"{name}; matrix products: {', '.join(products)}", flush=True)
     if config.part in ("all", "training"):
         for label, shape in shapes.items():
-            training(label, shape, rates, config, device)
+            try:
+                training(label, shape, rates, config, device)
+            except torch.OutOfMemoryError:
+                print(f"\ntraining, shape {label}: the contenders together do not fit")
     if config.part in ("all", "generation"):
         for label, shape in shapes.items():
             generation(label, shape, config, device)

@@ -37,7 +37,10 @@ def csm_depth(config: LlamaConfig, **changes: int) -> LlamaConfig:
         "n_kv_head": max(1, n_head * config.n_kv_head // config.n_head),
         "n_embd": config.n_embd // 2,
     }
-    return replace(config, **{**shape, **changes})
+    try:
+        return replace(config, **{**shape, **changes})
+    except ValueError as error:
+        raise ValueError(str(error).replace("--n_", "--depth_n_")) from None
 
 
 class HierarchicalLM(nn.Module):

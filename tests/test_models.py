@@ -1,6 +1,7 @@
 """The laws of both models: FlatLM and HierarchicalLM pass the same tests."""
 
 import math
+import shutil
 from collections.abc import Callable
 from functools import partial
 
@@ -15,6 +16,7 @@ from tests.conftest import small_model
 
 greedy = partial(sample, temperature=0)
 END = 7
+COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
 
 def start(batch: int = 1) -> torch.Tensor:
@@ -165,6 +167,22 @@ def test_a_batch_is_overfitted_and_recited(arch):
     assert loss.item() < 0.02
     recited = torch.stack(list(model.generate(codes[:, :, :2], 20, greedy)), dim=2)
     assert torch.equal(recited, codes[:, :, 2:])
+
+
+@pytest.mark.skipif(not COMPILER, reason="torch compiles by way of C++")
+@pytest.mark.parametrize("arch", ["flat", "hierarchical"])
+def test_a_compiled_model_has_the_nats_and_gradients_of_the_eager_one(arch):
+    torch.manual_seed(0)
+    model = small_model(arch, num_codebooks=3, max_frames=8, n_layer=1)
+    tokens = flatten(random_codes(2, 6), END)
+
+    def results() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        nats = model(tokens)
+        return nats.detach(), torch.autograd.grad(nats.mean(), list(model.parameters()))
+
+    eager = results()
+    model.compile(fullgraph=True)
+    torch.testing.assert_close(results(), eager, atol=1e-4, rtol=1e-3)
 
 
 def test_what_blocks_add_to_keeps_full_precision_under_autocast(model):

@@ -267,6 +267,11 @@ def wrong(tmp_path_factory, story) -> dict[str, Path]:
         ),
         ("train.py --data {story}/data --out {folder}/r --n_kv_head 3", "multiple of --n_kv_head"),
         (
+            "train.py --data {story}/data --out {folder}/r --arch hierarchical --n_embd 66 "
+            "--n_head 3",
+            "--depth_n_embd must be --depth_n_head times an even number",
+        ),
+        (
             "train.py --data {story}/data --out {folder}/r --device nonsense",
             "--device nonsense cannot be used",
         ),
