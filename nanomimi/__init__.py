@@ -10,7 +10,7 @@ tokens (T*Q), C channels (n_embd), H heads, D dimensions per head, V classes per
 
 Read in this order: audio, codec, tokens, data, encoding, llama, replay, flat, hierarchical,
 sampling, likelihood, salmon, checkpoint, config; then prepare.py, train.py and sample.py; then
-evaluate, timing and bench.
+evaluate, timing, contenders and bench.
 """
 
 from nanomimi.codec import Codec

@@ -11,6 +11,7 @@ import torch
 
 from nanomimi import codec as codec_module
 from nanomimi.codec import Codec, loaders
+from nanomimi.tiny import digits
 from tests.conftest import pcm_wav, save_random_mimi
 
 ROOT = Path(__file__).parent.parent
@@ -89,12 +90,29 @@ def test_a_prefix_of_the_audio_gives_a_prefix_of_the_codes(random_codec):
     assert torch.equal(random_codec.encode(wav[..., : 1920 * 4]), random_codec.encode(wav)[..., :4])
 
 
-def test_streaming_decoding_equals_offline_decoding_without_clicks(random_codec):
+def test_streaming_decoding_equals_offline_decoding(random_codec):
     codes = random_codec.encode(noise(1920 * 20))
     offline = random_codec.decode(codes)[0, 0]
     streamed = torch.cat(list(random_codec.decode_stream(codes.unbind(2))), dim=1)[0]
     torch.testing.assert_close(streamed, offline, atol=1e-6, rtol=1e-4)
     assert list(random_codec.decode_stream([])) == []
+
+
+def test_streamed_frames_meet_without_a_click():
+    """Speech: the step from frame to frame is no larger than steps inside them."""
+    codec, voice = Codec.load("tiny", 8), digits.load_clips()["john"]
+    wav = digits.speak(voice, range(10), np.random.default_rng(0))
+    frames = codec.encode(torch.from_numpy(wav)[None, None]).unbind(2)
+    streamed = torch.cat(list(codec.decode_stream(frames)), dim=1)[0]
+    one_by_one = torch.cat([codec.decode(frame[:, :, None])[0, 0] for frame in frames])
+
+    def click(audio: torch.Tensor) -> float:
+        """The mean step at the borders, in units of the mean step elsewhere."""
+        steps = audio.diff().abs()
+        border = torch.arange(1, len(steps) + 1) % codec.frame_size == 0
+        return (steps[border].mean() / steps[~border].mean()).item()
+
+    assert click(streamed) < 2 and click(one_by_one) > 3
 
 
 def test_the_codec_can_be_used_again_after_a_stream_was_abandoned(random_codec):
