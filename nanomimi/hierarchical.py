@@ -120,8 +120,8 @@ class HierarchicalLM(nn.Module):
         finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         step, inside = Replay(self.backbone, cache), None
         if self.num_codebooks > 1:
-            frame = KVCache(self.depth.config, len(tokens), self.num_codebooks, like=state)
-            inside = Replay(self.depth, frame)
+            inner = KVCache(self.depth.config, len(tokens), self.num_codebooks, like=state)
+            inside = Replay(self.depth, inner)
         for _ in range(num_frames):
             if cache.length == cache.max_positions:
                 keep = max(1, self.max_frames // 2) * self.num_codebooks
