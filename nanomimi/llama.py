@@ -138,25 +138,32 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
         kv_width = config.n_kv_head * config.head_dim
-        self.grouped = config.n_kv_head < config.n_head
         self.q_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.k_proj = nn.Linear(config.n_embd, kv_width, bias=False)
         self.v_proj = nn.Linear(config.n_embd, kv_width, bias=False)
         self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x: Tensor, place: Place, cache: KVCache | None) -> Tensor:
-        q, k, v = (
-            rearrange(proj(x), "b n (h d) -> b h n d", d=self.head_dim)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        # h and d are both given, so that a recording (replay.py) does not compute one of them.
+        q = rearrange(self.q_proj(x), "b n (h d) -> b h n d", h=self.n_head, d=self.head_dim)
+        k, v = (
+            rearrange(proj(x), "b n (h d) -> b h n d", h=self.n_kv_head, d=self.head_dim)
+            for proj in (self.k_proj, self.v_proj)
         )
         q, k = rotate(q, place.cos, place.sin), rotate(k, place.cos, place.sin)
         if cache is not None:
             k, v = cache.extend(self.layer, place.positions, k, v)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=place.mask, is_causal=cache is None, enable_gqa=self.grouped
+            q,
+            k,
+            v,
+            attn_mask=place.mask,
+            is_causal=cache is None,
+            enable_gqa=self.n_kv_head < self.n_head,
         )
-        return self.o_proj(rearrange(y, "b h n d -> b n (h d)"))
+        return self.o_proj(rearrange(y, "b h n d -> b n (h d)", h=self.n_head, d=self.head_dim))
 
 
 class MLP(nn.Module):
