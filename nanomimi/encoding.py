@@ -24,7 +24,7 @@ from nanomimi.codec import Codec
 from nanomimi.data import Split
 
 BLOCK = 64  # recordings that a GPU sorts by length
-BATCH_SECONDS = 120  # of padded audio at most, some gigabytes with a full-size Mimi
+BATCH_SECONDS = 120  # of padded audio at most: 3 GB with a full-size Mimi
 
 
 @dataclass(frozen=True)
