@@ -3,7 +3,7 @@
     python prepare.py                               the bundled digits, with the bundled small Mimi
     python prepare.py ~/speech --out data/mine      your audio, with Kyutai's Mimi (downloaded once)
     python prepare.py a.wav more/ --codec tiny      your audio, offline
-    torchrun --nproc_per_node 8 prepare.py ~/speech the files shared by eight GPUs, the same bytes
+    torchrun --nproc_per_node 8 prepare.py ~/speech the files shared by eight processes
 
 Audio is wav, flac, mp3, ogg or opus of any rate, mono or stereo. A file's group is its parent
 folder: the speaker in most corpora. Files that cannot be read are listed at the end.

@@ -40,8 +40,8 @@ from nanomimi.hierarchical import HierarchicalLM
 from nanomimi.timing import (
     Turn,
     gemm_rate,
+    greedy,
     interleave,
-    likeliest,
     peak_bytes,
     seconds,
     speak_turn,
@@ -281,7 +281,7 @@ def _speak(model: nn.Module, mimi: Codec, rows: int, frames: int) -> Turn:
         return speak_turn(model, prompt, frames)
     prompt = separator(model.num_codebooks, model.codebook_size).to(device).expand(rows, -1, -1)
     generate = speak_turn(model, prompt, frames)
-    audio = lambda: mimi.decode_stream(model.generate(prompt, frames, likeliest))
+    audio = lambda: mimi.decode_stream(model.generate(prompt, frames, greedy))
     return lambda: {
         **generate(),
         "speak": seconds(lambda: list(audio()), device),

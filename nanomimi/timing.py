@@ -72,14 +72,14 @@ def train_turn(model: nn.Module, tokens: Tensor, dtype: torch.dtype) -> Turn:
     }
 
 
-def likeliest(logits: Tensor) -> Tensor:
+def greedy(logits: Tensor) -> Tensor:
     """The likeliest code (B,); END, the last class, would stop generation early."""
     return logits[:, :-1].argmax(dim=-1)
 
 
 def speak_turn(model: nn.Module, prompt: Tensor, frames: int) -> Turn:
-    """Generation of the likeliest frames behind prompt, codes (B, Q, T)."""
-    work = lambda: list(model.generate(prompt, frames, likeliest))
+    """Greedy generation of frames behind prompt, codes (B, Q, T)."""
+    work = lambda: list(model.generate(prompt, frames, greedy))
     return lambda: {"generate": seconds(work, prompt.device)}
 
 

@@ -57,6 +57,13 @@ def test_every_contender_has_its_row(part, monkeypatch, capsys):
     assert first.endswith("1.00") and "%" in first
 
 
+def test_two_processes_have_their_efficiency(capfd):
+    bench(BenchConfig(part="scaling", rounds=1, device="cpu"))
+    lines = capfd.readouterr().out.splitlines()
+    one, two = (next(line for line in lines if line.startswith(n)) for n in ("1 proc", "2 proc"))
+    assert one.endswith("1.00") and "100%" in one and two.count("%") == 1
+
+
 def test_without_transformers_the_bench_says_so(monkeypatch, capsys):
     monkeypatch.setattr(bench_module.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(bench_module, "CPU", {})

@@ -99,7 +99,7 @@ def test_streaming_decoding_equals_offline_decoding(random_codec):
 
 
 def test_streamed_frames_meet_without_a_click():
-    """Speech: the step from frame to frame is no larger than steps inside them."""
+    """Speech: the step from frame to frame is about as large as steps inside them."""
     codec, voice = Codec.load("tiny", 8), digits.load_clips()["john"]
     wav = digits.speak(voice, range(10), np.random.default_rng(0))
     frames = codec.encode(torch.from_numpy(wav)[None, None]).unbind(2)
