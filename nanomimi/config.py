@@ -12,6 +12,7 @@ cases.
 
 import argparse
 import contextlib
+import math
 import os
 import sys
 import time
@@ -169,21 +170,26 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """`auto`: bfloat16 where the device is measured to multiply it clearly faster than float32."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    return (
-        torch.bfloat16
-        if _seconds(torch.float32, device) > 1.3 * _seconds(torch.bfloat16, device)
-        else torch.float32
-    )
+    seconds = _product_seconds(device)
+    faster = [seconds[torch.float32] > 1.3 * seconds[torch.bfloat16]]
+    if dist.is_initialized():
+        dist.broadcast_object_list(faster)  # processes of one run must not differ in precision
+    return torch.bfloat16 if faster[0] else torch.float32
 
 
-def _seconds(dtype: torch.dtype, device: torch.device) -> float:
-    """Best of five square matrix products."""
+def _product_seconds(device: torch.device) -> dict[torch.dtype, float]:
+    """The best of many square matrix products in either precision."""
     # A GPU answers smaller products in the time of a launch, whatever their precision.
     size = 512 if device.type == "cpu" else 4096
-    a = b = torch.ones(size, size, device=device, dtype=dtype)
-    times = []
-    for _ in range(6):
-        start = time.perf_counter()
-        (a @ b).sum().item()  # .item() waits for a GPU
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+    ones = {
+        dtype: torch.ones(size, size, device=device, dtype=dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    best = dict.fromkeys(ones, math.inf)
+    for _ in range(30):
+        # In turns, so that other work on the machine disturbs both alike.
+        for dtype, a in ones.items():
+            start = time.perf_counter()
+            (a @ a).sum().item()  # .item() waits for a GPU
+            best[dtype] = min(best[dtype], time.perf_counter() - start)
+    return best

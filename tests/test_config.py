@@ -3,7 +3,9 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import torch
 
+from nanomimi import config as config_module
 from nanomimi.config import Config, argument, option, parse, resolve_device, run
 
 
@@ -62,3 +64,17 @@ def test_help_gives_every_default(capsys):
 def test_a_device_that_is_not_there_is_named():
     with pytest.raises(ValueError, match="--device nonsense cannot be used"):
         resolve_device("nonsense")
+
+
+def test_bfloat16_is_taken_where_it_is_clearly_faster_and_by_all_processes(monkeypatch):
+    measured = {torch.float32: 1.31, torch.bfloat16: 1.0}
+    monkeypatch.setattr(config_module, "_product_seconds", lambda device: measured)
+    auto = lambda: config_module.resolve_dtype("auto", torch.device("cpu"))
+    assert auto() == torch.bfloat16
+    measured[torch.float32] = 1.29
+    assert auto() == torch.float32
+    # As a process whose own measurement differs from that of the first.
+    monkeypatch.setattr(config_module.dist, "is_initialized", lambda: True)
+    first = lambda answer: answer.__setitem__(0, True)
+    monkeypatch.setattr(config_module.dist, "broadcast_object_list", first)
+    assert auto() == torch.bfloat16
