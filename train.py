@@ -3,17 +3,15 @@
     python train.py                                             the digits, on two CPU cores
     python train.py --data data/mine --out runs/mine --n_layer 12 --n_embd 768 --lr 3e-4
     torchrun --nproc_per_node 8 train.py --data data/mine ...   the same batches, on eight GPUs
-    python train.py --out runs/mine --resume                    go on where the run stopped
+    python train.py --out runs/mine --resume                    continue a run that was stopped
 
 A step trains on batch_size x grad_accum windows of max_frames frames, over all processes together.
-Losses are in nats per token; bits per second of audio compare runs of different codecs and numbers
-of codebooks.
+The loss is in nats per token; bits per second of audio compare runs of different codecs and Q.
 """
 
 import contextlib
 import json
 import math
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,29 +20,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from nanomimi import checkpoint
-from nanomimi.config import (
-    Config,
-    Processes,
-    join_processes,
-    option,
-    parse,
-    resolve_device,
-    resolve_dtype,
-    run,
-)
-from nanomimi.data import TokenDataset
-from nanomimi.hierarchical import csm_depth
-from nanomimi.likelihood import in_units
+from nanomimi.config import Config, option, parse, run_script
+from nanomimi.data import SPLITS, TokenDataset
+from nanomimi.distributed import init_processes, resolve_device, resolve_dtype
 from nanomimi.llama import LlamaConfig
-
-DEPTH_FLAGS = ("n_layer", "n_head", "n_embd", "n_hidden")
+from nanomimi.lm import summarize
 
 
 @dataclass(frozen=True)
 class TrainConfig(Config):
-    data: Path = option(Path("data/digits"), "folder written by prepare.py")
+    data: tuple[Path, ...] = option((Path("data/digits"),), "folders written by prepare.py")
     out: Path = option(Path("runs/digits"), "run folder to write")
     arch: Literal["flat", "hierarchical"] = option("flat", "one Llama, or one inside another")
     num_codebooks: int = option(4, "codebooks to model, the first of those prepared", at_least=1)
@@ -53,279 +41,211 @@ class TrainConfig(Config):
     n_head: int = option(4, "attention heads", at_least=1)
     n_kv_head: int | None = option(None, "key-value heads, default: n_head", at_least=1)
     n_embd: int = option(192, "width", at_least=2)
-    n_hidden: int | None = option(None, "MLP's width, default: 8/3 n_embd", at_least=1)
+    n_hidden: int | None = option(None, "width of the MLP, default: 8/3 n_embd", at_least=1)
+    rope_theta: float = option(10000.0, "base of the rotary position embedding", above=1)
+    tied: bool | None = option(None, "flat only: the head shares the embedding's weights")
     depth_n_layer: int | None = option(None, "hierarchical only: layers inside a frame", at_least=1)
     depth_n_head: int | None = option(None, "its attention heads", at_least=1)
     depth_n_embd: int | None = option(None, "its width", at_least=2)
-    depth_n_hidden: int | None = option(None, "its MLP's width", at_least=1)
-    rope_theta: float = option(10000.0, "base of the rotary position embedding", above=1)
-    tied: bool = option(False, "let the head share the embedding's weights")
+    depth_n_hidden: int | None = option(None, "width of its MLP", at_least=1)
     batch_size: int = option(4, "windows per micro-step, over all processes", at_least=1)
     grad_accum: int = option(1, "micro-steps per step", at_least=1)
     max_steps: int = option(2400, "optimizer steps", at_least=1)
     lr: float = option(3e-3, "peak learning rate", above=0)
-    schedule: Literal["cosine", "wsd"] = option("cosine", "cosine, or stable then decay")
+    schedule: Literal["cosine", "wsd"] = option("cosine", "cosine, or stable and then decay")
     warmup_steps: int = option(100, "steps of linear warm-up", at_least=0)
-    decay_fraction: float = option(0.2, "share of steps that wsd decays", above=0, at_most=1)
+    decay_fraction: float = option(0.2, "share of steps in which wsd decays", above=0, at_most=1)
     min_lr: float = option(0.1, "final learning rate, as a fraction of lr", at_least=0, at_most=1)
-    weight_decay: float = option(0.1, "AdamW's decay, on matrices only", at_least=0)
+    weight_decay: float = option(0.1, "AdamW's weight decay, on matrices only", at_least=0)
     grad_clip: float = option(1.0, "largest norm of the gradient", above=0)
     seed: int = option(0, "seed of the weights and of the order of the data", at_least=0)
     device: str = option("auto", "auto, cpu or cuda")
-    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "auto: the faster")
-    compile: bool | None = option(None, "compile the model; by default on a GPU only")
+    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "auto: the faster one")
+    compile: bool | None = option(None, "compile the model; default: on a GPU only")
     log_every: int = option(20, "steps between log lines", at_least=1)
-    eval_every: int = option(200, "steps between evaluations", at_least=1)
-    eval_windows: int = option(64, "validation windows, the same at every evaluation", at_least=1)
+    eval_every: int = option(200, "steps between validations", at_least=1)
+    eval_windows: int = option(64, "validation windows, the same every time", at_least=1)
     save_every: int = option(500, "steps between checkpoints", at_least=1)
-    resume: bool = option(False, "go on with the run in --out, with its own settings")
+    resume: bool = option(False, "continue the run in --out, with its own settings")
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
     """Linear warm-up, then down to min_lr * lr at the last step: a cosine, or a line at the end."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.max_steps - 1 - config.warmup_steps)
+    last = config.max_steps - 1
     if config.schedule == "cosine":
+        progress = (step - config.warmup_steps) / max(1, last - config.warmup_steps)
         height = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     else:
-        height = min(
-            1.0,
-            (config.max_steps - 1 - step) / max(1, round(config.decay_fraction * config.max_steps)),
-        )
+        height = min(1.0, (last - step) / max(1, round(config.decay_fraction * config.max_steps)))
     return config.lr * (config.min_lr + (1 - config.min_lr) * height)
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
-    """Train until max_steps; returns the last evaluation. Raises ValueError for unfit settings."""
-    with join_processes(resolve_device(config.device)) as processes:
-        device = processes.device
+    """Train until max_steps; returns the last validation. Raises ValueError for unfit settings."""
+    with init_processes(resolve_device(config.device)) as processes:
+        device, rank, world_size = processes
         dtype = resolve_dtype(config.dtype, device)
+        # Autocast computes products in bfloat16; weights and the residual stream stay in float32.
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-        train_set, val_batches = _data(config, processes)
-        about = _about(config, train_set.meta, dtype)
+        train_set, val_batches = load_data(config, world_size)
+        run = describe(config, train_set.meta, dtype)
 
         torch.manual_seed(config.seed)
-        model = checkpoint.build(about["model"]).to(device)
-        optimizer = _optimizer(model, config)
-        start = _start(config, about, model, optimizer)
-        log = _Log(config, processes, about, start)
-        log.say(
-            f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {device.type}, "
-            f"{about['config']['dtype']}, processes: {processes.count}, "
-            f"{train_set.meta['splits']['train']['seconds'] / 3600:.2f} h of audio for training"
-        )
+        model = checkpoint.build(run["model"]).to(device)
+        optimizer = make_optimizer(model, config)
+        start = resume(config, run, model, optimizer)
+        log = Log(config.out / "log.jsonl", start, silent=rank > 0)
+        size = sum(p.numel() for p in model.parameters())
+        log.say(f"{size / 1e6:.2f}M parameters, {device}, {dtype}, processes: {world_size}")
         if config.compile or (config.compile is None and device.type == "cuda"):
-            model.compile()
-        parallel = DistributedDataParallel(model) if processes.count > 1 else model
+            model.compile()  # in place, so that the names of the weights stay the same
+        parallel = DistributedDataParallel(model) if world_size > 1 else model
 
         results: dict[str, Any] = {}
-        for step in range(start, config.max_steps):
+        frames_per_step = config.grad_accum * config.batch_size * config.max_frames
+        steps = range(start, config.max_steps)
+        bar = tqdm(steps, total=config.max_steps, initial=start, unit="step", disable=rank > 0)
+        for step in bar:
             lr = learning_rate(step, config)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             loss = torch.zeros((), device=device)
             for micro in range(config.grad_accum):
-                tokens = _batch(train_set, step * config.grad_accum + micro, config, processes)
-                with _gradients_shared(parallel, micro == config.grad_accum - 1):
+                # A batch is a pure function of its index: the position in the data needs no state.
+                index, last = step * config.grad_accum + micro, micro == config.grad_accum - 1
+                tokens = train_set.train_batch(
+                    index, config.batch_size, config.max_frames, config.seed, rank, world_size
+                )
+                # Processes average their gradients once a step, in its last backward pass.
+                alone = world_size == 1 or last
+                with contextlib.nullcontext() if alone else parallel.no_sync():
                     with autocast:
                         mean = parallel(tokens.to(device)).mean() / config.grad_accum
                     mean.backward()
                 loss += mean.detach()
+            # Clipping bounds the harm of a rare batch whose gradient is many times the usual one.
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
             done, finished = step + 1, step + 1 == config.max_steps
             if done % config.log_every == 0 or finished:
-                log.step(done, _mean_over_processes(loss), float(norm), lr)
+                if world_size > 1:
+                    dist.all_reduce(loss)  # the sum; gloo has no mean
+                rate = (bar.format_dict["rate"] or 0.0) * frames_per_step * model.num_codebooks
+                line = {"step": done, "loss": loss.item() / world_size, "lr": lr}
+                log.say("", **line, gradient_norm=norm.item(), tokens_per_second=rate)
+                bar.set_postfix_str(f"loss {line['loss']:.3f} nats/token, {rate:,.0f} tokens/s")
             if done % config.eval_every == 0 or finished:
                 with autocast:
                     results = validate(model, val_batches, train_set.meta)
-                log.evaluation(done, results)
-            if (done % config.save_every == 0 or finished) and processes.rank == 0:
-                checkpoint.save(config.out, done, model, optimizer, about)
-                log.say(f"saved {config.out} at step {done}")
+                codebooks = " ".join(f"{nats:.2f}" for nats in results["nats_per_codebook"])
+                units = "{nats_per_token:.3f} nats/token, {bits_per_second:.0f} bit/s"
+                text = f"step {done}: {units.format(**results)}, per codebook {codebooks}"
+                log.say(text, step=done, validation=results)
+            if (done % config.save_every == 0 or finished) and rank == 0:
+                checkpoint.save(config.out, done, model, optimizer, run)
+                log.say(f"step {done}: saved {config.out}")
         return results
 
 
 @torch.no_grad()
 def validate(model: nn.Module, batches: list[Tensor], meta: dict[str, Any]) -> dict[str, Any]:
-    """Mean nats per token and codebook; bits per second of audio beside the codec's own rate."""
+    """Mean nats of windows that are the same at every validation: only the model changes."""
     device = next(model.parameters()).device
-    nats = torch.cat([model(tokens.to(device)).float().mean(dim=1) for tokens in batches]).mean(
-        dim=0
-    )
-    return in_units(nats, meta)
+    nats = torch.cat([model(tokens.to(device)).mean(dim=1) for tokens in batches])
+    return summarize(nats.mean(dim=0), meta)
 
 
-class _Log:
-    """Lines of fixed width on the terminal, and log.jsonl; the first process alone speaks."""
-
-    def __init__(
-        self, config: TrainConfig, processes: Processes, about: dict[str, Any], start: int
-    ) -> None:
-        self.config, self.silent = config, processes.rank > 0
-        self.frames = config.batch_size * config.grad_accum * config.max_frames  # per step
-        self.hours = self.frames / about["data"]["frame_rate"] / 3600  # of audio per step
-        self.start, self.last = start, start
-        self.began = self.since = time.time()
-        self.path = config.out / "log.jsonl"
-        if not self.silent:
-            config.out.mkdir(parents=True, exist_ok=True)
-            lines = self.path.read_text().splitlines() if start else []
-            kept = [line for line in lines if json.loads(line)["step"] <= start]
-            self.path.write_text("".join(f"{line}\n" for line in kept))
-
-    def say(self, line: str) -> None:
-        if not self.silent:
-            print(line, flush=True)
-
-    def step(self, done: int, loss: float, norm: float, lr: float) -> None:
-        now = time.time()
-        tokens = (done - self.last) * self.frames * self.config.num_codebooks
-        rate = tokens / (now - self.since)
-        left = (now - self.began) / (done - self.start) * (self.config.max_steps - done)
-        self.last, self.since = done, now
-        self.say(
-            f"step {done:6d}/{self.config.max_steps} | loss {loss:6.3f} nats/token | "
-            f"gradient {norm:6.2f} | lr {lr:.1e} | {rate:9,.0f} tokens/s | "
-            f"{done * self.hours:8.2f} h of audio | {left // 60:3.0f}:{left % 60:02.0f} left"
-        )
-        self._write(
-            {
-                "step": done,
-                "loss": loss,
-                "gradient_norm": norm,
-                "lr": lr,
-                "tokens_per_second": rate,
-                "hours_of_audio": done * self.hours,
-            }
-        )
-
-    def evaluation(self, done: int, results: dict[str, Any]) -> None:
-        codebooks = " ".join(f"{n:.2f}" for n in results["nats_per_codebook"])
-        self.say(
-            f"     validation | loss {results['nats_per_token']:6.3f} nats/token | "
-            f"per codebook {codebooks} | {results['bits_per_second']:.0f} bit/s "
-            f"of {results['codec_bits_per_second']:.0f}"
-        )
-        self._write({"step": done, "validation": results})
-        self.since = time.time()  # evaluations do not count as training time
-
-    def _write(self, line: dict[str, Any]) -> None:
-        if not self.silent:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n")
+def load_data(config: TrainConfig, world_size: int) -> tuple[TokenDataset, list[Tensor]]:
+    """The training set and the validation batches, or ValueError where they do not fit."""
+    batch_size, max_frames = config.batch_size, config.max_frames
+    if batch_size % world_size:
+        raise ValueError(f"--batch_size must be a multiple of {world_size}; got {batch_size}")
+    train_set, val_set = (TokenDataset(config.data, s, config.num_codebooks) for s in SPLITS)
+    train_set.train_batch(0, batch_size, max_frames, config.seed)  # fails before a run is made
+    return train_set, val_set.eval_batches(batch_size, max_frames, config.eval_windows)
 
 
-def _data(config: TrainConfig, processes: Processes) -> tuple[TokenDataset, list[Tensor]]:
-    """The training set and the fixed validation batches, or ValueError where they do not fit."""
-    if config.batch_size % processes.count:
-        raise ValueError(
-            f"--batch_size must be a multiple of the {processes.count} processes; "
-            f"got {config.batch_size}"
-        )
-    train_set = TokenDataset(config.data, "train", config.num_codebooks)
-    _batch(train_set, 0, config, processes)  # too little data fails here, before a run is made
-    val_set = TokenDataset(config.data, "val", config.num_codebooks)
-    return train_set, val_set.eval_batches(
-        config.batch_size, config.max_frames, config.eval_windows
-    )
-
-
-def _batch(data: TokenDataset, index: int, config: TrainConfig, processes: Processes) -> Tensor:
-    return data.train_batch(
-        index, config.batch_size, config.max_frames, config.seed, processes.rank, processes.count
-    )
-
-
-def _gradients_shared(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-    """Processes average their gradients once per step, in its last backward pass."""
-    if last or not isinstance(model, DistributedDataParallel):
-        return contextlib.nullcontext()
-    return model.no_sync()
-
-
-def _mean_over_processes(value: Tensor) -> float:
-    if dist.is_initialized():
-        dist.all_reduce(value)
-        value /= dist.get_world_size()
-    return value.item()
-
-
-def _about(config: TrainConfig, meta: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """What run.json says; "model" is what checkpoint.build needs."""
+def describe(config: TrainConfig, meta: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The content of run.json; its entry "model" is what checkpoint.build needs."""
+    options = sorted(name for kind in checkpoint.MODELS.values() for name in kind.OPTIONS)
+    given = {name: getattr(config, name) for name in options if getattr(config, name) is not None}
+    if foreign := sorted(given.keys() - checkpoint.MODELS[config.arch].OPTIONS):
+        raise ValueError(f"--{foreign[0]} does not go with --arch {config.arch}; leave it out")
     llama = LlamaConfig(
         n_layer=config.n_layer,
         n_head=config.n_head,
         n_kv_head=config.n_kv_head or config.n_head,
         n_embd=config.n_embd,
-        # Three matrices of 8/3 n_embd hold as many weights as a plain MLP's two of 4 n_embd.
+        # SwiGLU has three matrices: 8/3 n_embd gives it the size of a plain MLP of 4 n_embd.
         n_hidden=config.n_hidden or 64 * math.ceil(config.n_embd * 8 / 3 / 64),
         rope_theta=config.rope_theta,
     )
-    model = {
-        "arch": config.arch,
-        "num_codebooks": config.num_codebooks,
-        "codebook_size": meta["codebook_size"],
-        "max_frames": config.max_frames,
-        "llama": asdict(llama),
-    }
-    depth = {name: getattr(config, f"depth_{name}") for name in DEPTH_FLAGS}
-    depth = {name: value for name, value in depth.items() if value is not None}
-    if config.arch == "flat":
-        if depth:
-            raise ValueError(f"--depth_{next(iter(depth))} needs --arch hierarchical")
-        model["tied"] = config.tied
-    else:
-        if config.tied:
-            raise ValueError("--tied needs --arch flat: the hierarchical heads have two widths")
-        model["depth"] = asdict(csm_depth(llama, **depth))
-    # The precision that auto chose is saved, so that a resumed run cannot choose another.
+    model = {name: getattr(config, name) for name in ("arch", "num_codebooks", "max_frames")}
+    model |= {"codebook_size": meta["codebook_size"], "llama": asdict(llama), "options": given}
+    # The dtype that auto chose is saved, so that a resumed run cannot choose another.
     settings = asdict(replace(config, dtype=str(dtype).removeprefix("torch.")))
-    plain = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
-    return {"model": model, "config": plain, "data": meta}
+    return {"model": model, "config": json.loads(json.dumps(settings, default=str)), "data": meta}
 
 
-def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    # Decay pulls weights to zero. That regularises matrices, but the scales of norms belong near 1.
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    scales = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices}, {"params": scales, "weight_decay": 0.0}]
+    decay = config.weight_decay
+    return torch.optim.AdamW(groups, config.lr, (0.9, 0.95), weight_decay=decay, fused=True)
 
 
-def _start(
-    config: TrainConfig, about: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer
+def resume(
+    config: TrainConfig, run: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> int:
-    """The step to start at; with --resume, after putting the saved weights and moments in place."""
+    """The step to start at; with --resume, after loading the saved weights and moments."""
     if not config.resume:
         if (config.out / "run.json").exists():
-            raise ValueError(
-                f"{config.out} holds a run already; go on with it (--resume), choose another "
-                "--out, or delete it"
-            )
+            raise ValueError(f"{config.out} holds a run already; --resume it or change --out")
         return 0
-    saved, run = checkpoint.load(config.out, next(model.parameters()).device)
-    for part, flag in (("model", "model's shape"), ("data", "data")):
-        if run[part] != about[part]:
+    saved_model, saved = checkpoint.load(config.out, next(model.parameters()).device)
+    for part in ("model", "data"):
+        if saved[part] != run[part]:
             raise ValueError(
-                f"--resume: the {flag} in {config.out}/run.json is not the one asked for; leave "
-                "out the flags that change it, or start a new run with another --out"
+                f"--resume: the flags change the {part} in {config.out}/run.json; leave them out"
             )
-    model.load_state_dict(saved.state_dict())
-    checkpoint.load_optimizer(config.out, run["step"], model, optimizer)
-    return run["step"]
+    model.load_state_dict(saved_model.state_dict())
+    checkpoint.load_optimizer(config.out, saved["step"], model, optimizer)
+    return saved["step"]
+
+
+class Log:
+    """Lines above the progress bar and in log.jsonl, from the first process alone."""
+
+    def __init__(self, path: Path, start: int, silent: bool) -> None:
+        self.path, self.silent = path, silent
+        if not silent:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Steps that were logged after the last checkpoint will be done again.
+            lines = path.read_text().splitlines() if start else []
+            kept = [line for line in lines if json.loads(line)["step"] <= start]
+            path.write_text("".join(f"{line}\n" for line in kept))
+
+    def say(self, text: str, **line: Any) -> None:
+        """Print text, if any; write the line, if any, to log.jsonl."""
+        if not self.silent:
+            tqdm.write(text, end="\n" if text else "")
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n" if line else "")
 
 
 def main(config: TrainConfig) -> None:
     if config.resume:
         saved = checkpoint.read(config.out)["config"]
-        config = parse(TrainConfig, doc=__doc__, defaults={**saved, "resume": True})
+        saved = {**saved, "data": [Path(path) for path in saved["data"]], "resume": True}
+        config = parse(TrainConfig, doc=__doc__, defaults=saved)
     train(config)
 
 
 if __name__ == "__main__":
-    run(TrainConfig, main, __doc__)
+    run_script(TrainConfig, main, __doc__)

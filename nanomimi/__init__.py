@@ -1,4 +1,4 @@
-"""nanomimi: flattened speech language modeling, Mimi tokens and a Llama, to read in one evening.
+"""nanomimi: flattened speech language modeling with Mimi tokens and a Llama.
 
     wav (B, 1, S)  --Codec.encode-->  codes (B, Q, T)  --flatten-->  tokens (B, T*Q)  -->  train.bin
     tokens (B, (T+1)*Q)  --FlatLM or HierarchicalLM-->  nats (B, T, Q)   training minimises the mean
@@ -6,32 +6,17 @@
 
 Letters, the same in every file: B batch, S samples of audio, T frames of 80 ms, Q codebooks, N flat
 tokens (T*Q), C channels (n_embd), H heads, D dimensions per head, V classes per codebook
-(codebook_size + 1, for END).
+(codebook_size + 1, for END). Losses are in nats: a token of probability p costs -ln p.
 
-Read in this order: audio, codec, tokens, data, encoding, llama, replay, flat, hierarchical,
-sampling, likelihood, salmon, checkpoint, config; then prepare.py, train.py and sample.py; then
-evaluate, timing, contenders and bench.
+The idea alone: tokens, data, llama, decode, lm, flat, hierarchical, sampling, train.py.
 """
+# ruff: noqa: F401
 
+from nanomimi.audio import read_audio, write_wav
 from nanomimi.codec import Codec
 from nanomimi.data import DatasetWriter, TokenDataset
 from nanomimi.flat import FlatLM
 from nanomimi.hierarchical import HierarchicalLM
 from nanomimi.llama import KVCache, Llama, LlamaConfig
-from nanomimi.sampling import sample
+from nanomimi.sampling import make_sampler
 from nanomimi.tokens import flatten, separator, unflatten
-
-__all__ = [
-    "Codec",
-    "DatasetWriter",
-    "FlatLM",
-    "HierarchicalLM",
-    "KVCache",
-    "Llama",
-    "LlamaConfig",
-    "TokenDataset",
-    "flatten",
-    "sample",
-    "separator",
-    "unflatten",
-]

@@ -1,20 +1,17 @@
 """Step 1, wav <-> codes: Mimi, Kyutai's neural codec. The only file that imports moshi.
 
 Mimi (Moshi, arXiv 2410.00037, section 3.3) turns 80 ms of speech into one frame of Q codes by
-residual vector quantization: codebook 0 is a coarse description, each further one refines what the
-earlier ones left over.
+residual vector quantization (RVQ): codebook 0 gives a coarse description, and each further codebook
+quantizes what the ones before it left over.
 """
 
 import contextlib
 import copy
 import hashlib
-import itertools
 import json
 from collections.abc import Iterable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 from einops import rearrange
 from huggingface_hub import hf_hub_download
@@ -24,10 +21,10 @@ from moshi.modules.transformer import StreamingMultiheadAttention
 from moshi.utils.compile import no_cuda_graph
 from safetensors import SafetensorError
 from torch import Tensor
-
-from nanomimi.audio import CHUNK_SECONDS
+from torch.nn import functional as F
 
 TINY = Path(__file__).parent / "tiny" / "mimi.safetensors"
+CHUNK_SECONDS = 10  # longer audio is encoded and decoded in chunks: memory stays constant
 
 
 class Codec:
@@ -40,38 +37,35 @@ class Codec:
     def __init__(self, mimi: MimiModel, name: str, sha256: str) -> None:
         self.mimi, self.name, self.sha256 = mimi.eval().requires_grad_(False), name, sha256
         self.sample_rate, self.frame_rate = mimi.sample_rate, mimi.frame_rate
-        self.frame_size = mimi.frame_size
-        self.codebook_size, self.num_codebooks = mimi.cardinality, mimi.num_codebooks
-        self.device = next(mimi.parameters()).device
+        self.frame_size, self.codebook_size = mimi.frame_size, mimi.cardinality
+        self.num_codebooks, self.device = mimi.num_codebooks, next(mimi.parameters()).device
 
     @classmethod
     def load(cls, source: str, num_codebooks: int, device: torch.device | str = "cpu") -> "Codec":
         """`source`: "tiny" (bundled), "mimi" (Kyutai's, from the hub) or a .safetensors path.
 
-        A path may have a .json beside it, as nanomimi.tiny.train_codec writes it, that gives
-        another shape. Raises FileNotFoundError where the weights are not to be had, ValueError
-        where they do not fit.
+        A .json beside the path, as nanomimi.tiny.train_codec writes it, gives another shape. Raises
+        FileNotFoundError where the weights cannot be had, ValueError where they do not fit.
         """
         path = _weights(source)
-        about = path.with_suffix(".json")
-        shape = _shape(about) if about.exists() and source != "mimi" else None
-        total = (shape or loaders._mimi_config)["quantizer"]["n_q"]
-        if not 1 <= num_codebooks <= total:
+        shape_path = path.with_suffix(".json")
+        shape = KYUTAI if source == "mimi" or not shape_path.exists() else read_shape(shape_path)
+        most = shape["quantizer"]["n_q"]
+        if not 1 <= num_codebooks <= most:
             raise ValueError(
-                f"--num_codebooks must be 1 to {total} with codec {source}; got {num_codebooks}"
+                f"--num_codebooks must be 1 to {most} for {source}; got {num_codebooks}"
             )
         try:
             mimi = loaders.get_mimi(path, shape, device, num_codebooks)
         except (RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:120]
             raise ValueError(
-                f"{path} does not hold the weights of this Mimi ({reason}); a Mimi of another "
-                f"shape needs {about.name} beside it"
+                f"{path} and {shape_path.name} beside it do not hold this Mimi ({reason})"
             ) from None
         return cls(mimi, source, hashlib.sha256(path.read_bytes()).hexdigest())
 
-    def twin(self) -> "Codec":
-        """The same weights with a streaming state of its own, to be used by another thread."""
+    def with_shared_weights(self) -> "Codec":
+        """A codec of the same weights that another thread can use at the same time."""
         shared = {id(t): t for t in (*self.mimi.parameters(), *self.mimi.buffers())}
         return Codec(copy.deepcopy(self.mimi, shared), self.name, self.sha256)
 
@@ -79,170 +73,73 @@ class Codec:
     def encode(self, wav: Tensor) -> Tensor:
         """(B, 1, S) float32 in [-1, 1] -> codes (B, Q, T) int64, T = ceil(S / frame_size).
 
-        The last frame is filled up with zeros. Mimi is causal, so clips of a batch may be padded on
-        the right and cut to their own ceil(S / frame_size) afterwards: the codes are those of
-        single clips.
+        The last frame is padded with zeros. Mimi is causal, so the clips of a batch may be padded
+        on the right and their codes cut to ceil(S / frame_size) frames each.
         """
         if wav.ndim != 3 or wav.shape[1] != 1 or wav.shape[2] == 0:
-            raise ValueError(
-                f"wav must have the shape (B, 1, S) with S > 0; got {tuple(wav.shape)}"
-            )
-        pieces = torch.split(self._pad(wav), CHUNK_SECONDS * self.sample_rate, dim=2)
-        if len(pieces) == 1:
-            return self.mimi.encode(pieces[0].to(self.device)).clone()
-        with self._streaming(len(wav)):
-            return torch.cat([self.mimi.encode(p.to(self.device)) for p in pieces], dim=2)
-
-    def encode_clips(self, clips: list[np.ndarray]) -> list[Tensor]:
-        """Clips (S,) as one batch -> the codes (Q, T) that each has alone."""
-        wav = torch.zeros(len(clips), 1, max(len(clip) for clip in clips))
-        for row, clip in zip(wav, clips):
-            row[0, : len(clip)] = torch.from_numpy(clip)
-        frames = (-(-len(clip) // self.frame_size) for clip in clips)
-        return [codes[:, :count] for codes, count in zip(self.encode(wav), frames)]
-
-    @torch.inference_mode()
-    def encode_chunks(self, chunks: Iterable[np.ndarray]) -> Tensor:
-        """Consecutive pieces (S,) of one recording -> codes (Q, T), in constant memory."""
-        chunks = iter(chunks)
-        begin = list(itertools.islice(chunks, 2))
-        if len(begin) == 1:
-            # Setting up a stream takes as long as encoding a word.
-            return self.encode(rearrange(torch.from_numpy(begin[0]), "s -> 1 1 s"))[0]
-        chunks, codes, rest = itertools.chain(begin, chunks), [], np.zeros(0, np.float32)
-        with self._streaming(1):
-            for chunk in chunks:
-                rest = np.concatenate([rest, chunk])
-                while len(rest) >= self.frame_size:
-                    size = min(len(rest), CHUNK_SECONDS * self.sample_rate)
-                    size -= size % self.frame_size
-                    codes.append(self._stream(rest[:size]))
-                    rest = rest[size:]
-            codes += [self._stream(rest)] if len(rest) else []
-        if not codes:
-            raise ValueError("the recording has no samples")
-        return torch.cat(codes, dim=1)
+            raise ValueError(f"wav must have the shape (B, 1, S), S > 0; got {tuple(wav.shape)}")
+        wav = F.pad(wav, (0, -wav.shape[-1] % self.frame_size))
+        chunks = torch.split(wav, CHUNK_SECONDS * self.sample_rate, dim=2)
+        with self._streaming(len(wav)) if len(chunks) > 1 else contextlib.nullcontext():
+            return torch.cat([self.mimi.encode(chunk.to(self.device)) for chunk in chunks], dim=2)
 
     @torch.inference_mode()
     def decode(self, codes: Tensor) -> Tensor:
         """codes (B, Q, T), Q at most num_codebooks -> (B, 1, T * frame_size) float32."""
         self._check(codes)
-        pieces = torch.split(codes, round(CHUNK_SECONDS * self.frame_rate), dim=2)
-        if len(pieces) == 1:
-            return self.mimi.decode(codes.to(self.device))
-        with self._streaming(len(codes)):
-            return torch.cat([self.mimi.decode(p.to(self.device)) for p in pieces], dim=2)
+        chunks = torch.split(codes, round(CHUNK_SECONDS * self.frame_rate), dim=2)
+        with self._streaming(len(codes)) if len(chunks) > 1 else contextlib.nullcontext():
+            return torch.cat([self.mimi.decode(chunk.to(self.device)) for chunk in chunks], dim=2)
 
     @torch.inference_mode()
     def decode_stream(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Frames (B, Q), one by one -> audio (B, frame_size) of each, as `decode` of all."""
-        frames = iter(frames)
-        first = next(frames, None)
-        if first is None:
-            return
-        with self._streaming(len(first)):
-            frame: Tensor | None = first
-            while frame is not None:
+        """Frames (B, Q), one by one -> the audio (B, frame_size) of each, equal to `decode`."""
+        with contextlib.ExitStack() as stack:
+            for i, frame in enumerate(frames):
+                if i == 0:
+                    stack.enter_context(self._streaming(len(frame)))
                 codes = rearrange(frame, "b q -> b q 1")
                 self._check(codes)
                 yield rearrange(self.mimi.decode(codes.to(self.device)), "b 1 s -> b s")
-                frame = next(frames, None)
 
     @contextlib.contextmanager
     def _streaming(self, batch_size: int) -> Iterator[None]:
-        """moshi's streaming, made exact for pieces of up to CHUNK_SECONDS.
+        """moshi's streaming, made exact for chunks of up to CHUNK_SECONDS.
 
-        moshi's key-value caches hold the attention's context and no more, so the last positions of
-        a piece overwrite keys that its first ones still need. Here they hold a whole piece besides.
+        moshi's key-value caches hold only the attention's context, so the last positions of a chunk
+        overwrite keys that its first ones still need. Here they have room for a chunk as well.
         """
-        piece = round(CHUNK_SECONDS * self.mimi.encoder_frame_rate)
-        # moshi's CUDA graphs want every piece to have the same length; ours may not.
+        chunk = round(CHUNK_SECONDS * self.mimi.encoder_frame_rate)
+        # moshi's CUDA graphs need chunks of one length; the last chunk is shorter.
         with no_cuda_graph(), self.mimi.streaming(batch_size):
             for module in self.mimi.modules():
                 if isinstance(module, StreamingMultiheadAttention):
-                    cache = module._streaming_state.kv_cache
-                    _, _, heads, context, head_dim = cache.cache.shape
-                    module._streaming_state.kv_cache = type(cache)(
-                        batch_size,
-                        heads,
-                        head_dim,
-                        context + piece,
-                        cache.respect_exec_mask,
-                        cache.cache.device,
-                        cache.cache.dtype,
-                    )
+                    old = module._streaming_state.kv_cache
+                    _, _, heads, context, head_dim = old.cache.shape
+                    shape = (batch_size, heads, head_dim, context + chunk)
+                    kind = (old.respect_exec_mask, old.cache.device, old.cache.dtype)
+                    module._streaming_state.kv_cache = type(old)(*shape, *kind)
             yield
 
-    def _pad(self, wav: Tensor) -> Tensor:
-        return torch.nn.functional.pad(wav, (0, -wav.shape[-1] % self.frame_size))
-
-    def _stream(self, wav: np.ndarray) -> Tensor:
-        wav = self._pad(torch.from_numpy(wav)).to(self.device)
-        return self.mimi.encode(rearrange(wav, "s -> 1 1 s"))[0].clone()
-
     def _check(self, codes: Tensor) -> None:
-        if codes.ndim != 3 or not 1 <= codes.shape[1] <= self.num_codebooks or codes.shape[2] == 0:
-            raise ValueError(
-                f"codes must have the shape (B, Q, T), Q from 1 to {self.num_codebooks} and T > 0; "
-                f"got {tuple(codes.shape)}"
-            )
-        if codes.min() < 0 or codes.max() >= self.codebook_size:
-            raise ValueError(
-                f"codes must lie in 0..{self.codebook_size - 1}; got {int(codes.min())}.."
-                f"{int(codes.max())} (END, {self.codebook_size}, has no sound: cut it off)"
-            )
+        if codes.ndim != 3 or not 1 <= codes.shape[1] <= self.num_codebooks or not codes.numel():
+            shape = f"(B, 1 to {self.num_codebooks}, T > 0)"
+            raise ValueError(f"codes must have the shape {shape}; got {tuple(codes.shape)}")
+        low, high, size = int(codes.min()), int(codes.max()), self.codebook_size
+        if low < 0 or high >= size:  # END has no sound
+            raise ValueError(f"codes must lie in 0..{size - 1} (trim at END); got {low}..{high}")
 
 
-def moshi_version() -> str:
-    """The version of the installed moshi package."""
-    return version("moshi")
+KYUTAI: dict = loaders._mimi_config  # the shape of Kyutai's Mimi
 
 
-def build(shape: dict | None) -> MimiModel:
-    """An untrained Mimi of that shape (see mimi_shape), or of Kyutai's; its codebooks are zero."""
-    shape = shape or loaders._mimi_config
+def build(shape: dict) -> MimiModel:
+    """An untrained Mimi of that shape; its codebooks are zero."""
     return loaders.get_mimi(None, shape, num_codebooks=shape["quantizer"]["n_q"])
 
 
-def mimi_shape(
-    *,
-    n_filters: int,
-    dimension: int,
-    n_layer: int,
-    n_head: int,
-    n_hidden: int,
-    context: int,
-    num_codebooks: int,
-    codebook_size: int,
-    codebook_dim: int,
-) -> dict:
-    """moshi's description of a Mimi of another size; its strides, sample and frame rate stay.
-
-    Kyutai's own is n_filters 64, dimension 512, n_layer 8, n_head 8, n_hidden 2048, context 250 and
-    32 codebooks of 2048 entries in 256 dimensions.
-    """
-    shape = copy.deepcopy(loaders._mimi_config)
-    shape["seanet"].update(n_filters=n_filters, dimension=dimension)
-    shape["transformer"].update(
-        d_model=dimension,
-        input_dimension=dimension,
-        output_dimensions=[dimension],
-        num_layers=n_layer,
-        num_heads=n_head,
-        dim_feedforward=n_hidden,
-        context=context,
-    )
-    shape["quantizer"].update(
-        input_dimension=dimension,
-        output_dimension=dimension,
-        n_q=num_codebooks,
-        bins=codebook_size,
-        dimension=codebook_dim,
-    )
-    return shape
-
-
-def _shape(path: Path) -> dict:
+def read_shape(path: Path) -> dict:
+    """The shape in a .json of a Mimi, in moshi's terms. Raises FileNotFoundError, ValueError."""
     try:
         return json.loads(path.read_text())["mimi"]
     except (json.JSONDecodeError, KeyError, TypeError):
@@ -253,16 +150,15 @@ def _weights(source: str) -> Path:
     if source == "tiny":
         return TINY
     if source == "mimi":
-        # The hub client tells of every retry; the sentence below is enough.
+        # The hub client reports every retry; the error below is enough.
         logging.set_verbosity_error()
         try:
             return Path(hf_hub_download(loaders.DEFAULT_REPO, loaders.MIMI_NAME))
         except OSError as error:
             raise FileNotFoundError(
-                f"Mimi's weights ({loaders.MIMI_NAME} of {loaders.DEFAULT_REPO}) are not "
-                f"cached and could not be downloaded ({type(error).__name__}); connect to the "
-                "network, or give a downloaded file as "
-                "--codec PATH.safetensors, or take the bundled small Mimi with --codec tiny"
+                f"{loaders.MIMI_NAME} of {loaders.DEFAULT_REPO} is not cached and could not be "
+                f"downloaded ({type(error).__name__}); connect to the network, give a downloaded "
+                "file as --codec PATH.safetensors, or use the small Mimi with --codec tiny"
             ) from None
     path = Path(source)
     if not path.is_file():

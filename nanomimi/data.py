@@ -1,14 +1,14 @@
-"""Step 3, tokens <-> disk: a flat stream of token ids, mapped from disk, and windows cut from it.
+"""Step 3, tokens <-> disk: one flat stream of token ids on disk, and windows cut from it.
 
 data/NAME/train.bin, val.bin   separator, utterance, separator, ..., separator, as token ids
-data/NAME/meta.json            what the numbers in the .bin files mean, and their lengths
+data/NAME/meta.json            what the ids in the .bin files mean, and how many there are
 data/NAME/utterances.jsonl     per utterance: split, file, group, first_frame, num_frames
 """
 
 import functools
 import json
-import shutil
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Literal
@@ -17,28 +17,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanomimi.codec import Codec, moshi_version
+from nanomimi.codec import Codec
 from nanomimi.tokens import flatten, separator, unflatten
 
-FORMAT = 1
+FORMAT = 2
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
 
 
 class DatasetWriter:
-    """Collects utterances into a data folder, whose files get their names when all are complete.
+    """Writes utterances into a data folder.
 
     with DatasetWriter(Path("data/mine"), codec) as writer:
         writer.add("train", codes, file="anna/1.wav", group="anna")
+
+    Files appear under their final names only once all are complete.
     """
 
-    def __init__(self, out: Path, codec: Codec, part: bool = False) -> None:
-        """`part`: one process's share of a data folder, which may lack a split; see merge."""
-        self.out, self.codec, self.part = out, codec, part
+    def __init__(self, out: Path, codec: Codec, required: Sequence[Split] = SPLITS) -> None:
+        """`required`: the splits that may not stay empty."""
+        self.out, self.codec, self.required = out, codec, required
         largest_id = codec.num_codebooks * (codec.codebook_size + 1) - 1
         self.dtype = np.dtype(np.uint16 if largest_id < 2**16 else np.uint32)
-        self.frames = dict.fromkeys(SPLITS, 0)
-        self.utterances = dict.fromkeys(SPLITS, 0)
+        self.frames, self.utterances = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
 
     def __enter__(self) -> "DatasetWriter":
         self.out.mkdir(parents=True, exist_ok=True)
@@ -49,25 +50,19 @@ class DatasetWriter:
         return self
 
     def add(self, split: Split, codes: Tensor, file: str, group: str) -> None:
-        """Append one utterance, codes (Q, T)."""
-        # In front of it: all earlier frames, a separator behind each utterance, one at the start.
-        first_frame = self.frames[split] + self.utterances[split] + 1
+        """Append one utterance, codes (Q, T). Evaluations compare groups: speakers."""
+        # One separator stands at the start, one after each utterance.
+        first = self.frames[split] + self.utterances[split] + 1
+        place = {"first_frame": first, "num_frames": codes.shape[1]}
+        line = {"split": split, "file": file, "group": group, **place}
+        self._index.write(json.dumps(line) + "\n")
         self._write(split, codes)
         self._write(split, separator(self.codec.num_codebooks, self.codec.codebook_size))
-        line = {
-            "split": split,
-            "file": file,
-            "group": group,
-            "first_frame": first_frame,
-            "num_frames": codes.shape[1],
-        }
-        self._index.write(json.dumps(line) + "\n")
         self.frames[split] += codes.shape[1]
         self.utterances[split] += 1
 
     @property
     def seconds(self) -> float:
-        """Seconds of audio so far."""
         return sum(self.frames.values()) / self.codec.frame_rate
 
     def __exit__(
@@ -76,42 +71,30 @@ class DatasetWriter:
         for file in (*self._bins.values(), self._index):
             file.close()
         names = [f"{s}.bin" for s in SPLITS] + ["utterances.jsonl", "meta.json"]
-        empty = [s for s in SPLITS if not self.utterances[s] and not self.part]
+        empty = [s for s in self.required if not self.utterances[s]]
         if kind is not None or empty:
             for name in names:
                 self._new(name).unlink(missing_ok=True)
             if kind is None:
-                raise ValueError(
-                    f"nothing was prepared: no utterance for {' and '.join(empty)}; give at least "
-                    "two readable files of audio"
-                )
+                raise ValueError(f"nothing was prepared: no utterance for {' or '.join(empty)}")
             return
         self._new("meta.json").write_text(json.dumps(self._meta(), indent=1) + "\n")
-        # meta.json goes first and comes last: a replacement that is interrupted is no data folder.
+        # meta.json goes first and comes last, so an interrupted replacement is not taken for data.
         (self.out / "meta.json").unlink(missing_ok=True)
         for name in names:
             self._new(name).replace(self.out / name)
 
     def _meta(self) -> dict[str, Any]:
-        codec = self.codec
+        copied = "num_codebooks codebook_size frame_rate sample_rate".split()
+        counts = lambda split: {"utterances": self.utterances[split], "frames": self.frames[split]}
         return {
             "format": FORMAT,
-            "codec": codec.name,
-            "codec_sha256": codec.sha256,
-            "moshi": moshi_version(),
-            "num_codebooks": codec.num_codebooks,
-            "codebook_size": codec.codebook_size,
-            "frame_rate": codec.frame_rate,
-            "sample_rate": codec.sample_rate,
+            "codec": self.codec.name,
+            "codec_sha256": self.codec.sha256,
+            "moshi": version("moshi"),
+            **{name: getattr(self.codec, name) for name in copied},
             "dtype": self.dtype.name,
-            "splits": {
-                s: {
-                    "utterances": self.utterances[s],
-                    "frames": self.frames[s],
-                    "seconds": self.frames[s] / codec.frame_rate,
-                }
-                for s in SPLITS
-            },
+            "splits": {split: counts(split) for split in SPLITS},
         }
 
     def _write(self, split: Split, codes: Tensor) -> None:
@@ -122,45 +105,45 @@ class DatasetWriter:
         return self.out / f"{name}.tmp"
 
 
-def merge(parts: Sequence[Path], writer: DatasetWriter) -> None:
-    """Append the utterances of data folders, in order, and delete the folders."""
-    for part in parts:
-        data = {split: TokenDataset(part, split) for split in SPLITS}
-        for line in _utterances(part):
-            codes = data[line["split"]].codes(line["first_frame"], line["num_frames"])
-            writer.add(line["split"], codes, line["file"], line["group"])
-        shutil.rmtree(part)
-
-
 class TokenDataset:
-    """One split of a data folder, seen through its first `num_codebooks` codebooks (0: all).
+    """One split of data folders, one behind another, with their first `num_codebooks` codebooks.
 
     A window is max_frames + 1 consecutive frames: the first is context, the others are predicted.
     """
 
-    def __init__(self, folder: Path, split: Split, num_codebooks: int = 0) -> None:
-        self.meta = read_meta(folder)
-        self.path, self.stored = folder / f"{split}.bin", self.meta["num_codebooks"]
-        self.num_codebooks = num_codebooks or self.stored
-        if not 1 <= self.num_codebooks <= self.stored:
+    def __init__(self, folders: Sequence[Path], split: Split, num_codebooks: int) -> None:
+        """Raises FileNotFoundError or ValueError where the folders do not hold such data."""
+        self.folders, self.split, self.num_codebooks = folders, split, num_codebooks
+        metas = [read_meta(folder) for folder in folders]
+        self.meta = {**metas[0], "splits": [meta["splits"] for meta in metas]}
+        self.stored, self.dtype = self.meta["num_codebooks"], np.dtype(self.meta["dtype"])
+        if not 1 <= num_codebooks <= self.stored:
             raise ValueError(
-                f"--num_codebooks must be 1 to {self.stored}, as {folder} was prepared with; "
-                f"got {num_codebooks}"
+                f"--num_codebooks must be 1 to {self.stored} with {folders[0]}; got {num_codebooks}"
             )
-        counts = self.meta["splits"][split]
-        self.num_frames = counts["frames"] + counts["utterances"] + 1
-        size = self.num_frames * self.stored * np.dtype(self.meta["dtype"]).itemsize
-        if not self.path.exists() or self.path.stat().st_size != size:
-            raise ValueError(
-                f"{self.path} does not have the {size} bytes that meta.json says; prepare it again"
-            )
+        self.streams: list[tuple[Path, int, int]] = []  # .bin, its first frame, the frame after it
+        self.num_frames = 0
+        for folder, meta in zip(folders, metas):
+            if any(meta[key] != metas[0][key] for key in ("codec_sha256", "num_codebooks")):
+                raise ValueError(f"{folder} has another codec or --num_codebooks than {folders[0]}")
+            path, counts = folder / f"{split}.bin", meta["splits"][split]
+            frames = counts["frames"] + counts["utterances"] + 1
+            size = frames * self.stored * self.dtype.itemsize
+            if not path.exists() or path.stat().st_size != size:
+                raise ValueError(f"{path} does not have {size} bytes (meta.json); prepare it again")
+            self.streams.append((path, self.num_frames, self.num_frames + frames))
+            self.num_frames += frames
 
     def frames(self, start: int, count: int) -> Tensor:
         """Tokens (count * Q,) int64 of `count` frames from frame `start` of the stream on."""
-        # Mapped anew each time: a map that lives on keeps every page that was ever touched.
-        stream = np.memmap(self.path, self.meta["dtype"], "r", shape=(self.num_frames, self.stored))
-        tokens = stream[start : start + count, : self.num_codebooks]
-        return torch.from_numpy(tokens.astype(np.int64)).flatten()
+        pieces = []
+        for path, first, end in self.streams:
+            if first < start + count and start < end:
+                # Mapped anew each time: a map that is kept keeps every page that was ever read.
+                stream = np.memmap(path, self.dtype, "r", shape=(end - first, self.stored))
+                piece = stream[max(0, start - first) : start + count - first, : self.num_codebooks]
+                pieces.append(piece.astype(np.int64))
+        return torch.from_numpy(np.concatenate(pieces)).flatten()
 
     def codes(self, start: int, count: int) -> Tensor:
         """Codes (Q, count) of the same frames; END in separators."""
@@ -169,26 +152,24 @@ class TokenDataset:
 
     def utterances(self) -> list[dict[str, Any]]:
         """The split's lines of utterances.jsonl: file, group, first_frame, num_frames."""
-        return [line for line in _utterances(self.path.parent) if line["split"] == self.path.stem]
+        lines = []
+        for path, first, _ in self.streams:
+            for text in (path.parent / "utterances.jsonl").read_text().splitlines():
+                if (line := json.loads(text))["split"] == self.split:
+                    lines.append({**line, "first_frame": first + line["first_frame"]})
+        return lines
 
     def train_batch(
-        self,
-        index: int,
-        batch_size: int,
-        max_frames: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
+        self, index: int, batch_size: int, max_frames: int, seed: int, rank: int = 0, ranks: int = 1
     ) -> Tensor:
-        """Rank's share of batch `index`: tokens (batch_size / world_size, (max_frames + 1) * Q).
+        """Rank's share of batch `index`: tokens (batch_size / ranks, (max_frames + 1) * Q).
 
-        A pure function of its arguments, so that a resumed run sees what an uninterrupted one would
-        have seen and several processes see together what one would see alone. Every epoch draws a
-        fresh phase and a fresh order of the windows, and shows each window once.
+        A pure function of its arguments: a resumed run sees the batches of an uninterrupted one,
+        and several processes together those of one. Every epoch shows each window once, in a new
+        order and at a new phase.
         """
         count, slack = self._num_windows(max_frames)
-        share = batch_size // world_size
-        starts = []
+        share, starts = batch_size // ranks, []
         for i in range(index * batch_size + rank * share, index * batch_size + (rank + 1) * share):
             epoch, place = divmod(i, count)
             phase, order = _epoch(seed, epoch, count, slack)
@@ -201,16 +182,14 @@ class TokenDataset:
         available = (self.num_frames - 1) // max_frames
         chosen = np.linspace(0, available - 1, min(num_windows, available)).round().astype(int)
         windows = [self.frames(int(w) * max_frames, max_frames + 1) for w in chosen]
-        return [
-            torch.stack(windows[i : i + batch_size]) for i in range(0, len(windows), batch_size)
-        ]
+        return list(torch.stack(windows).split(batch_size))
 
     def _num_windows(self, max_frames: int) -> tuple[int, int]:
         """Windows per epoch, and how far all of them can be shifted together."""
         predicted = self.num_frames - 1
         if predicted < max_frames:
             raise ValueError(
-                f"{self.path} has {self.num_frames} frames, fewer than one window of --max_frames "
+                f"{self.streams[0][0]} has {self.num_frames} frames, not --max_frames "
                 f"{max_frames} + 1; lower --max_frames or prepare more audio"
             )
         # One window fewer than fit, so that the phase can take every value below max_frames.
@@ -222,22 +201,19 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """meta.json of a data folder. Raises FileNotFoundError or ValueError where it is not ours."""
     path = folder / "meta.json"
     if not path.exists():
-        raise FileNotFoundError(
-            f"{folder} is not a prepared data folder (no meta.json); run python prepare.py, "
-            "or give another --data"
-        )
+        raise FileNotFoundError(f"{folder} is no data folder (no meta.json); run python prepare.py")
+    return read_json(path, FORMAT, "prepare the data again")
+
+
+def read_json(path: Path, format: int, remedy: str) -> dict[str, Any]:
+    """A JSON object that says of which format it is, or ValueError."""
     try:
-        meta = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except json.JSONDecodeError:
-        meta = None
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise ValueError(f"{path} is not of format {FORMAT}; prepare the data again")
-    return meta
-
-
-def _utterances(folder: Path) -> list[dict[str, Any]]:
-    with open(folder / "utterances.jsonl") as index:
-        return [json.loads(line) for line in index]
+        content = None
+    if not isinstance(content, dict) or content.get("format") != format:
+        raise ValueError(f"{path} is not of format {format}; {remedy}")
+    return content
 
 
 @functools.lru_cache(maxsize=2)

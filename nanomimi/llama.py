@@ -1,8 +1,8 @@
 """Step 4, hidden states -> hidden states: a Llama decoder without a vocabulary.
 
-Embeddings (B, N, C) go in, hidden states (B, N, C) come out; what is embedded and what is predicted
-is the business of flat.py and hierarchical.py. Weights carry the names that Hugging Face gives them
-below `model.`, and RoPE rotates halves as there, so released Llama weights load by name.
+Embeddings (B, N, C) go in, hidden states (B, N, C) come out. The models of step 5 decide what is
+embedded and what is predicted. Weights have the names that Hugging Face gives them below `model.`,
+and RoPE rotates halves as it does there, so released Llama weights load by name.
 """
 
 import math
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's stretch of the slow rotations to longer contexts (Llama 3.2 uses factor 32)."""
+    """Llama 3's extension of RoPE to longer contexts (Llama 3.2 uses factor 32)."""
 
     factor: float
     low_freq_factor: float = 1.0
@@ -27,7 +27,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The shape of a decoder. n_kv_head below n_head is grouped-query attention (GQA)."""
+    """The shape of a decoder. n_kv_head < n_head is grouped-query attention (GQA)."""
 
     n_layer: int
     n_head: int
@@ -39,6 +39,7 @@ class LlamaConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
+        # RoPE rotates pairs of dimensions, so a head needs an even number of them.
         if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
             raise ValueError(
                 f"--n_embd must be --n_head times an even number; got {self.n_embd}, {self.n_head}"
@@ -56,40 +57,33 @@ class LlamaConfig:
 class KVCache:
     """Keys and values of the positions seen so far, preallocated for `max_positions`."""
 
-    def __init__(
-        self, config: LlamaConfig, batch_size: int, max_positions: int, like: Tensor
-    ) -> None:
+    def __init__(self, config: LlamaConfig, batch_size: int, max_positions: int, like: Tensor):
         """`like` gives dtype and device."""
         shape = (batch_size, config.n_kv_head, max_positions, config.head_dim)
-        # Zeros, not whatever the memory held: masked values are multiplied too, by 0.
-        self.layers = [
-            (like.new_zeros(shape), like.new_zeros(shape)) for _ in range(config.n_layer)
-        ]
-        self.keys = torch.arange(max_positions, device=like.device)
+        # Zeros, not uninitialised memory: masked values are multiplied by 0, and NaN * 0 is NaN.
+        self.layers = [[like.new_zeros(shape) for _ in "kv"] for _ in range(config.n_layer)]
+        self.slots = torch.arange(max_positions, device=like.device)
         self.length, self.max_positions = 0, max_positions
 
-    def extend(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put k, v (B, H_kv, N, D) at `positions` (N,); returns those that `mask` speaks of."""
-        keys, values = self.layers[layer]
+    def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, H_kv, N, D) at `positions` (N,); returns the M slots to attend to."""
+        (keys, values), end = self.layers[layer], self._end(positions)
         keys.index_copy_(2, positions, k)
         values.index_copy_(2, positions, v)
-        end = self._end(positions)
         return keys[:, :, :end], values[:, :, :end]
 
     def mask(self, positions: Tensor) -> Tensor:
-        """(N, M): which of the M keys each of `positions` (N,) sees, itself and those before it."""
-        return self.keys[: self._end(positions)] <= rearrange(positions, "n -> n 1")
+        """(N, M): which of the M slots each of `positions` (N,) attends to."""
+        return self.slots[: self._end(positions)] <= rearrange(positions, "n -> n 1")
 
     def _end(self, positions: Tensor) -> int | Tensor:
-        # On a CPU the filled part alone; on a GPU the size of nothing may depend on a position.
+        # CUDA graphs need fixed shapes: attend to the whole cache and mask it. On a CPU it is
+        # cheaper to attend to the filled part alone.
         return self.max_positions if positions.is_cuda else positions[-1] + 1
 
     def repeat(self, count: int) -> None:
-        """Let every row stand `count` times, so that continuations of it share one prefill."""
-        self.layers = [
-            (k.repeat_interleave(count, dim=0), v.repeat_interleave(count, dim=0))
-            for k, v in self.layers
-        ]
+        """Repeat every row `count` times so that samples share one prefill."""
+        self.layers = [[x.repeat_interleave(count, dim=0) for x in kv] for kv in self.layers]
 
 
 class RMSNorm(nn.Module):
@@ -104,36 +98,45 @@ class RMSNorm(nn.Module):
 
 
 def rope(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary position embedding (arXiv 2104.09864): scores depend on the distance alone.
+    """Rotary position embedding (arXiv 2104.09864): scores depend on relative positions alone.
 
-    positions (N,) -> the cosines and signed sines (N, D) that `rotate` turns by, in float32.
+    positions (N,) -> cosines and signed sines (N, D), float32, for `rotate`.
     """
+    # Not a stored buffer: casting the model to bfloat16 would round it, and with it the angles.
     steps = torch.arange(0, config.head_dim, 2, device=positions.device)
     frequencies = config.rope_theta ** -(steps / config.head_dim)
     if config.rope_scaling is not None:
-        frequencies = _stretch(frequencies, config.rope_scaling)
+        frequencies = _scale(frequencies, config.rope_scaling)
     angles = torch.outer(positions.float(), frequencies)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
+def _scale(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Slow down the rotations that do not complete in the original context; keep the fast ones."""
+    turns = scaling.original_max_positions * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    blend = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (blend + (1 - blend) / scaling.factor)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn every pair (x[i], x[i + D/2]) of x (B, H, N, D) by its angle."""
+    """Rotate every pair (x[i], x[i + D/2]) of x (B, H, N, D) by its angle."""
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat([second, first], dim=-1) * sin).to(x.dtype)
 
 
-class Place(NamedTuple):
-    """Where the N positions of a pass stand: what all layers share."""
+class Positions(NamedTuple):
+    """What all layers of one forward pass share about its N positions."""
 
-    positions: Tensor  # (N,)
+    index: Tensor  # (N,)
     cos: Tensor  # (N, D)
     sin: Tensor  # (N, D)
-    mask: Tensor | None  # (N, M) for the M keys of a cache
+    mask: Tensor | None  # (N, M) over the M slots of a cache
 
 
 class Attention(nn.Module):
-    """Causal self-attention; H_kv key-value heads serve H query heads."""
+    """Causal self-attention; H query heads share H_kv key-value heads."""
 
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
@@ -145,23 +148,21 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.n_embd, kv_width, bias=False)
         self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x: Tensor, place: Place, cache: KVCache | None) -> Tensor:
-        # h and d are both given, so that a recording (replay.py) does not compute one of them.
+    def forward(self, x: Tensor, positions: Positions, cache: KVCache | None) -> Tensor:
+        # Both h and d are given, so that a recorded step (decode.py) need not compute one of them.
         q = rearrange(self.q_proj(x), "b n (h d) -> b h n d", h=self.n_head, d=self.head_dim)
         k, v = (
             rearrange(proj(x), "b n (h d) -> b h n d", h=self.n_kv_head, d=self.head_dim)
             for proj in (self.k_proj, self.v_proj)
         )
-        q, k = rotate(q, place.cos, place.sin), rotate(k, place.cos, place.sin)
+        q, k = (rotate(part, positions.cos, positions.sin) for part in (q, k))
         if cache is not None:
-            k, v = cache.extend(self.layer, place.positions, k, v)
+            k, v = cache.update(self.layer, positions.index, k, v)
+        # is_causal aligns the first query with the first key. With a cache the queries are the last
+        # positions, so a cached pass needs the explicit mask.
+        causal, gqa = cache is None, self.n_kv_head < self.n_head
         y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=place.mask,
-            is_causal=cache is None,
-            enable_gqa=self.n_kv_head < self.n_head,
+            q, k, v, attn_mask=positions.mask, is_causal=causal, enable_gqa=gqa
         )
         return self.o_proj(rearrange(y, "b h n d -> b n (h d)", h=self.n_head, d=self.head_dim))
 
@@ -180,7 +181,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each behind a norm and beside a residual connection."""
+    """Attention, then MLP, each with a norm before it and a residual connection around it."""
 
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
@@ -189,8 +190,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, place: Place, cache: KVCache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), place, cache)
+    def forward(self, x: Tensor, positions: Positions, cache: KVCache | None) -> Tensor:
+        # Pre-norm: no norm stands on the residual path, so gradients reach every layer unchanged.
+        x = x + self.self_attn(self.input_layernorm(x), positions, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -204,37 +206,29 @@ class Llama(nn.Module):
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         self.apply(self._init)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Hidden states (B, N, C) -> (B, N, C). With a cache, x continues what is in it."""
-        start = 0 if cache is None else cache.length
-        positions = torch.arange(start, start + x.shape[1], device=x.device)
-        if cache is None:
-            return self.at(positions, None, x, None)
-        cache.length += x.shape[1]
-        return self.at(positions, cache.mask(positions), x, cache)
-
-    def at(
-        self, positions: Tensor, mask: Tensor | None, x: Tensor, cache: KVCache | None
-    ) -> Tensor:
-        """The same at positions (N,), which see the keys of the cache that mask (N, M) says."""
-        place = Place(positions, *rope(self.config, positions), mask)
-        for layer in self.layers:
-            x = layer(x, place, cache)
-        return self.norm(x)
-
     def _init(self, module: nn.Module) -> None:
-        # GPT-2's scheme: what writes into the residual stream starts smaller, the more writers
-        # there are.
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.02)
         elif isinstance(module, Block):
-            for writer in (module.self_attn.o_proj, module.mlp.down_proj):
-                nn.init.normal_(writer.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            # 2 * n_layer projections add to the residual stream. Scaled down (GPT-2), their sum
+            # has the same variance at any depth.
+            for projection in (module.self_attn.o_proj, module.mlp.down_proj):
+                nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Embeddings (B, N, C) -> hidden states (B, N, C). With a cache, x continues it."""
+        start = 0 if cache is None else cache.length
+        index = torch.arange(start, start + x.shape[1], device=x.device)
+        if cache is None:
+            return self.forward_at(index, None, x, None)
+        cache.length += x.shape[1]
+        return self.forward_at(index, cache.mask(index), x, cache)
 
-def _stretch(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Slow the rotations that do not complete in the original context; keep the fast."""
-    turns = scaling.original_max_positions * frequencies / (2 * math.pi)
-    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    blend = blend.clamp(0, 1)
-    return frequencies * (blend + (1 - blend) / scaling.factor)
+    def forward_at(
+        self, index: Tensor, mask: Tensor | None, x: Tensor, cache: KVCache | None
+    ) -> Tensor:
+        """The same at positions `index` (N,), which attend to the slots that mask (N, M) allows."""
+        positions = Positions(index, *rope(self.config, index), mask)
+        for layer in self.layers:
+            x = layer(x, positions, cache)
+        return self.norm(x)

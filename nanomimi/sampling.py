@@ -1,22 +1,28 @@
-"""Step 6, logits -> token: temperature, top-k, top-p, and a generator that makes draws repeat."""
+"""Step 6, logits -> token: temperature, top-k, top-p, and a generator for repeatable draws."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 
-def sample(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Draw one class per row: logits (B, V) -> (B,) int64. Temperature 0 takes the likeliest."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    probabilities = torch.softmax(logits / temperature, dim=-1)
-    probabilities = keep_top_p(keep_top_k(probabilities, top_k), top_p)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+def make_sampler(
+    temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0, device: str = "cpu"
+) -> Callable[[Tensor], Tensor]:
+    """A function that draws one class per row: logits (B, V) -> (B,) int64.
+
+    Temperature 0 takes the likeliest. Each sampler has its own generator, so draws are repeatable.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def sample_token(logits: Tensor) -> Tensor:
+        if temperature == 0:
+            return logits.argmax(dim=-1)
+        probabilities = torch.softmax(logits / temperature, dim=-1)
+        probabilities = keep_top_p(keep_top_k(probabilities, top_k), top_p)
+        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+    return sample_token
 
 
 def keep_top_k(probabilities: Tensor, top_k: int) -> Tensor:

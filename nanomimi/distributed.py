@@ -1,0 +1,67 @@
+"""Processes, device and precision."""
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is a GPU where there is one. Raises ValueError where the device cannot be used."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used ({reason}); try --device cpu") from None
+
+
+class Processes(NamedTuple):
+    """This process among those that torchrun started, and the device it works on."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+
+@contextlib.contextmanager
+def init_processes(device: torch.device) -> Iterator[Processes]:
+    """Joins the processes that torchrun started, each with its own GPU; without torchrun, one."""
+    if "RANK" not in os.environ:
+        yield Processes(device)
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Processes(device, dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto`: bfloat16 where the device multiplies matrices clearly faster in it."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if fast else torch.float32
+    # CPUs are measured: with matrix instructions bfloat16 wins, without them it may lose tenfold.
+    seconds = {dtype: math.inf for dtype in (torch.float32, torch.bfloat16)}
+    for _ in range(30):
+        for dtype in seconds:  # in turns, so that other work on the machine disturbs both alike
+            a = torch.ones(512, 512, dtype=dtype, device=device)
+            start = time.perf_counter()
+            a @ a
+            seconds[dtype] = min(seconds[dtype], time.perf_counter() - start)
+    fast = [seconds[torch.float32] > 1.3 * seconds[torch.bfloat16]]
+    if dist.is_initialized():
+        dist.broadcast_object_list(fast)  # processes of one run must agree
+    return torch.bfloat16 if fast[0] else torch.float32

@@ -1,0 +1,1 @@
+"""Step 7, a run -> numbers: python -m nanomimi.evaluate (see __main__.py)."""
