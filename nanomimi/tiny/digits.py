@@ -1,9 +1,8 @@
 """Voices that count: hours of utterances composed from the bundled clips, the same in every run.
 
-An utterance is one voice that counts upwards modulo ten from a random digit, 4 to 8 digits long.
-What varies from one to the next is the take of every digit, the pauses and the loudness. What
-decides about training or validation is its sequence: a voice that says 7 8 9 0 in validation never
-says it in training.
+In an utterance, one voice counts upwards modulo ten from a random digit, for 4 to 8 digits. The
+take of every digit, the pauses and the loudness vary. Training and validation share the clips but
+not the sequences: if 7 8 9 0 by some voice is in validation, it is not an utterance in training.
 """
 
 import csv
@@ -17,7 +16,7 @@ from nanomimi.audio import read_audio
 
 FOLDER = Path(__file__).parent / "digits"
 SAMPLE_RATE = 24000  # of the clips, and the unit of index.csv
-PAUSE = (0.12, 0.30)  # seconds between digits: longer than the gap inside "six" or "eight"
+PAUSE = (0.12, 0.30)  # seconds between digits; longer than the silence inside "six" or "eight"
 GAIN = (-4.0, 0.0)  # dB
 
 Voice = list[list[np.ndarray]]  # clips[take][digit] is (S,) float32
@@ -50,7 +49,7 @@ def load_clips() -> dict[str, Voice]:
 
 
 def speak(voice: Voice, digits: Sequence[int], rng: np.random.Generator) -> np.ndarray:
-    """(S,) float32: the digits in random takes, a random pause before, between and after them."""
+    """(S,) float32: the digits in random takes, with random pauses around and between them."""
     pieces = []
     for digit in digits:
         pieces += [_pause(rng), voice[rng.integers(len(voice))][digit]]
@@ -59,7 +58,7 @@ def speak(voice: Voice, digits: Sequence[int], rng: np.random.Generator) -> np.n
 
 
 def utterances(hours: float, val_fraction: float, seed: int) -> Iterator[Utterance]:
-    """Counting utterances, at least `hours` of audio in all; a pure function of its arguments."""
+    """Utterances that count, at least `hours` of audio in all; equal arguments give equal audio."""
     voices, rng = load_clips(), np.random.default_rng(seed)
     sequences = [(v, start, n) for v in voices for start in range(10) for n in range(4, 9)]
     rng.shuffle(sequences)

@@ -1,0 +1,119 @@
+"""Does a run count upwards, and in the prompt's voice? python -m nanomimi.tiny.listen --run RUN
+
+Prompts of three digits go through all voices and starts. A continuation is cut at its pauses; a
+segment is recognised as the nearest bundled clip, by dynamic time warping (DTW) over log-mel
+frames. A digit is right if it follows the one before it, a voice if it is the prompt's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from nanomimi import checkpoint
+from nanomimi.codec import Codec
+from nanomimi.config import Config, option, run_script
+from nanomimi.lm import LanguageModel, Sampler
+from nanomimi.sampling import make_sampler
+from nanomimi.tiny import digits
+from nanomimi.tokens import separator, trim_at_end
+
+HOP, WINDOW, BANDS = 480, 1024, 40  # samples, samples, mel bands
+Codes = tuple[Tensor, Tensor]  # of a prompt and of its continuation, both (1, Q, T)
+
+
+@dataclass(frozen=True)
+class ListenConfig(Config):
+    run: Path = option(Path("runs/digits"), "run folder written by train.py")
+    prompts: int = option(100, "prompts of three digits", at_least=1)
+    seed: int = option(0, "seed of prompts and draws", at_least=0)
+
+
+def log_mel(wav: np.ndarray) -> np.ndarray:
+    """(S,) -> (T, BANDS), independent of loudness."""
+    wav = np.pad(wav / (np.sqrt(np.mean(wav**2)) + 1e-9), WINDOW // 2)
+    frames = np.lib.stride_tricks.sliding_window_view(wav, WINDOW)[::HOP] * np.hanning(WINDOW)
+    power = np.abs(np.fft.rfft(frames)) ** 2
+    mel = lambda hz: 2595 * np.log10(1 + hz / 700)
+    bins = mel(np.fft.rfftfreq(WINDOW, 1 / digits.SAMPLE_RATE))
+    centres, step = np.linspace(mel(60), mel(8000), BANDS, retstep=True)
+    return np.log(power @ np.clip(1 - np.abs(bins - centres[:, None]) / step, 0, None).T + 1.0)
+
+
+def dtw(query: np.ndarray, references: Sequence[np.ndarray]) -> np.ndarray:
+    """Mean distance along the best warping path of query (T, BANDS) to each reference."""
+    lengths = np.array([len(r) for r in references])
+    padded = np.stack([np.pad(r, ((0, max(lengths) - len(r)), (0, 0))) for r in references], axis=1)
+    previous = np.full((max(lengths) + 1, len(references)), np.inf)
+    previous[0] = 0
+    for distance in np.abs(query[:, None, None] - padded).mean(-1):  # (T', references)
+        current = np.full_like(previous, np.inf)
+        for j, step in enumerate(distance):
+            current[j + 1] = step + np.minimum.reduce((previous[j], previous[j + 1], current[j]))
+        previous = current
+    return previous[lengths, np.arange(len(references))] / (len(query) + lengths)
+
+
+def segments(wav: np.ndarray, pause: float = 0.1) -> list[np.ndarray]:
+    """The stretches of sound between pauses (in seconds), at least 0.1 s long."""
+    block = digits.SAMPLE_RATE // 100
+    level = np.sqrt(np.mean(wav[: len(wav) // block * block].reshape(-1, block) ** 2, axis=1))
+    # Low enough to keep the soft s of a low voice: without it, six sounds like two.
+    loud = np.flatnonzero(level > 0.02 * np.percentile(level, 95)) if len(level) else level
+    runs = np.split(loud, np.flatnonzero(np.diff(loud) > pause * 100) + 1)
+    return [wav[int(r[0]) * block : int(r[-1] + 1) * block] for r in runs if len(r) >= 10]
+
+
+class Recogniser:
+    """Knows every bundled clip as the codec renders it, so the codec's own errors do not count."""
+
+    def __init__(self, codec: Codec) -> None:
+        self.labels, self.references = [], []
+        for voice, takes in digits.load_clips().items():
+            for digit, clip in (pair for take in takes for pair in enumerate(take)):
+                wav = codec.decode(codec.encode(torch.from_numpy(clip)[None, None]))
+                self.labels.append((voice, digit))
+                self.references.append(log_mel(wav[0, 0, : len(clip)].numpy()))
+
+    def __call__(self, wav: np.ndarray) -> list[tuple[str, int]]:
+        """(voice, digit) of every segment of wav (S,)."""
+        return [self.labels[dtw(log_mel(s), self.references).argmin()] for s in segments(wav)]
+
+
+def continue_wav(model: LanguageModel, codec: Codec, wav: np.ndarray, sampler: Sampler) -> Codes:
+    """The whole frames of wav (S,) and up to 5 s of continuation."""
+    wav = wav[None, None, : len(wav) // codec.frame_size * codec.frame_size]  # (1, 1, S)
+    prompt = codec.encode(torch.from_numpy(wav))
+    start, count = separator(model.num_codebooks, model.codebook_size), round(5 * codec.frame_rate)
+    frames = model.generate(torch.cat([start[None], prompt], dim=2), count, sampler)
+    return prompt, trim_at_end(torch.stack(list(frames), dim=2)[0], codec.codebook_size)[None]
+
+
+def listen(config: ListenConfig) -> dict[str, float]:
+    """Shares of right next digits and of right voices among the digits recognised."""
+    model, run = checkpoint.load(config.run)
+    codec, voices = Codec.load(run["data"]["codec"], model.num_codebooks), digits.load_clips()
+    recognise, rng = Recogniser(codec), np.random.default_rng(config.seed)
+    sampler = make_sampler(temperature=0.8, top_k=30, seed=config.seed)
+    right, own, silent = [], [], 0
+    for i in tqdm(range(config.prompts), unit="prompt"):
+        name, first = list(voices)[i % len(voices)], i // len(voices) % 10
+        said = digits.speak(voices[name], [(first + k) % 10 for k in range(3)], rng)
+        prompt, new = continue_wav(model, codec, said, sampler)
+        wav = codec.decode(torch.cat([prompt, new], dim=2))[0, 0]
+        heard = recognise(wav[prompt.shape[2] * codec.frame_size :].numpy())
+        silent += not heard
+        before = [first + 2, *(digit for _, digit in heard)]
+        right += [digit == (last + 1) % 10 for last, (_, digit) in zip(before, heard)]
+        own += [voice == name for voice, _ in heard]
+    share = lambda hits: sum(hits) / max(1, len(hits))
+    shares = {"right_next_digit": share(right), "prompts_voice": share(own)}
+    return {**shares, "digits": len(right), "silent": silent}
+
+
+if __name__ == "__main__":
+    run_script(ListenConfig, lambda config: print(listen(config)), __doc__)
