@@ -1,6 +1,7 @@
 """Shared pieces: a Mimi of a few thousand random weights, data of random codes, a tiny model."""
 
 import json
+import os
 import wave
 from pathlib import Path
 
@@ -8,30 +9,33 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
+from nanomimi import checkpoint
 from nanomimi import codec as codec_module
 from nanomimi.codec import Codec
 from nanomimi.data import DatasetWriter
-from nanomimi.flat import FlatLM
-from nanomimi.hierarchical import HierarchicalLM, csm_depth
 from nanomimi.llama import LlamaConfig
+from nanomimi.lm import LanguageModel
+from prepare import PrepareConfig, prepare
 
-SHAPE = dict(
-    n_filters=2,
-    dimension=16,
-    n_layer=1,
-    n_head=2,
-    n_hidden=16,
-    context=50,
-    num_codebooks=6,
-    codebook_size=15,
-    codebook_dim=8,
-)
+# The tensors of the tests are so small that a second thread costs more than it computes. The
+# variable does the same for the processes that tests start.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
-def save_random_mimi(path: Path, shape: dict | None) -> Path:
-    """A Mimi with random weights as moshi stores it; shape None is the full size.
+def small_shape() -> dict:
+    """The bundled Mimi's shape with a few thousand weights."""
+    shape = codec_module.read_shape(codec_module.TINY.with_suffix(".json"))
+    width = dict(input_dimension=16, dim_feedforward=16, d_model=16, output_dimensions=[16])
+    shape["seanet"].update(n_filters=2, dimension=16)
+    shape["transformer"].update(**width, num_layers=1, num_heads=2, context=50)
+    shape["quantizer"].update(input_dimension=16, output_dimension=16, n_q=6, bins=15, dimension=8)
+    return shape
+
+
+def save_random_mimi(path: Path, shape: dict) -> Path:
+    """A Mimi with random weights, as moshi stores it.
 
     Its codebooks are filled around the latents of noise, each codebook finer than the one before,
     so that codes differ from frame to frame.
@@ -52,16 +56,13 @@ def save_random_mimi(path: Path, shape: dict | None) -> Path:
                     entries + (projected.mean(0) if level == 0 else 0)
                 )
     save_file(mimi.state_dict(), path)
-    if shape is not None:
-        path.with_suffix(".json").write_text(json.dumps({"mimi": shape}))
+    path.with_suffix(".json").write_text(json.dumps({"mimi": shape}))
     return path
 
 
 @pytest.fixture(scope="session")
 def random_mimi(tmp_path_factory) -> Path:
-    return save_random_mimi(
-        tmp_path_factory.mktemp("mimi") / "random.safetensors", codec_module.mimi_shape(**SHAPE)
-    )
+    return save_random_mimi(tmp_path_factory.mktemp("mimi") / "random.safetensors", small_shape())
 
 
 @pytest.fixture(scope="session")
@@ -84,22 +85,27 @@ def random_data(tmp_path_factory, random_codec) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def counted(tmp_path_factory) -> Path:
+    """Three minutes of counting through the bundled Mimi, half of the sequences held out."""
+    out = tmp_path_factory.mktemp("counted") / "data"
+    prepare(PrepareConfig(out=out, hours=0.05, val_fraction=0.5, device="cpu"))
+    return out
+
+
 def small_model(
     arch: str, num_codebooks: int, max_frames: int, codebook_size: int = 7, **shape: int
-) -> nn.Module:
+) -> LanguageModel:
     """Two layers of width 32, but for `shape`."""
     llama = LlamaConfig(
         **{**dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_hidden=48), **shape}
     )
-    if arch == "flat":
-        return FlatLM(llama, num_codebooks, codebook_size, max_frames)
-    return HierarchicalLM(
-        llama, csm_depth(llama, n_head=2), num_codebooks, codebook_size, max_frames
-    )
+    options = {"depth_n_head": 2} if arch == "hierarchical" else {}
+    return checkpoint.MODELS[arch](llama, num_codebooks, codebook_size, max_frames, **options)
 
 
-@pytest.fixture(params=["flat", "hierarchical"])
-def model(request) -> nn.Module:
+@pytest.fixture(params=list(checkpoint.MODELS))
+def model(request) -> LanguageModel:
     """3 codebooks, a context of 8 frames, weights so large that choices are clear."""
     torch.manual_seed(0)
     model = small_model(request.param, num_codebooks=3, max_frames=8)

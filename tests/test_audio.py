@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import sphn
 
-from nanomimi.audio import audio_files, read_audio, read_chunks, resample, write_wav
+from nanomimi.audio import audio_files, read_audio, resample, write_wav
 from tests.conftest import pcm_wav, tone
 
 RATE = 24000
@@ -37,14 +37,6 @@ def test_resampling_keeps_length_and_time(source):
     out = resample(tone(2.0, source), source, RATE)
     assert len(out) == 2 * RATE
     assert np.abs(out - tone(2.0, RATE))[1000:-1000].max() < 0.02
-
-
-def test_a_long_file_read_piece_by_piece_has_no_seams(tmp_path):
-    wav = np.concatenate([tone(13.3, 16000), tone(13.3, 16000, hz=300)])
-    pcm_wav(tmp_path / "long.wav", wav[None], 16000)
-    pieces = list(read_chunks(tmp_path / "long.wav", RATE))
-    assert len(pieces) == 3
-    np.testing.assert_allclose(np.concatenate(pieces), resample(wav, 16000, RATE), atol=2e-4)
 
 
 def test_unreadable_files_say_what_is_wrong(tmp_path):

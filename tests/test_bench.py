@@ -1,101 +1,105 @@
-"""python -m nanomimi.bench: its contenders compute the same thing, its tables are complete."""
+"""python -m nanomimi.bench: what it counts and measures, and that its tables are complete."""
 
-from dataclasses import replace
+import sys
+from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
 
-from nanomimi import bench as bench_module
-from nanomimi.bench import BenchConfig, bench
-from nanomimi.contenders import JointLM, Shape
+from nanomimi import bench
+from nanomimi.bench import BenchConfig, interleave, joint_softmax, training_flops, training_step
 from nanomimi.flat import FlatLM
-from nanomimi.llama import LlamaConfig
-from nanomimi.timing import interleave, peak_bytes, training_flops
+from nanomimi.llama import Llama, LlamaConfig
 from nanomimi.tokens import flatten
 from tests.conftest import small_model
 
-TINY = Shape(LlamaConfig(1, 2, 2, 16, 32), 3, 7, 8, 2)
+LLAMA = LlamaConfig(1, 2, 2, 16, 32)
+TINY = ("cpu", "tiny", 2, False, LLAMA, 3, 7, 8)
+
+
+def weights(part: torch.nn.Module) -> int:
+    return sum(p.numel() for p in part.parameters() if p.ndim > 1)
 
 
 def test_the_joint_softmax_costs_what_it_gives_to_other_codebooks():
     torch.manual_seed(0)
-    flat = FlatLM(TINY.llama, 3, 7, 8)
-    joint = JointLM(TINY.llama, 3, 7, 8)
-    joint.load_state_dict(flat.state_dict())
+    flat, joint = FlatLM(LLAMA, 3, 7, 8), joint_softmax(LLAMA, 3, 7, 8, tied=False)
+    state = flat.state_dict()
+    joint.load_state_dict({**state, "lm_head": state["lm_head"].view(1, 24, 16)})
     tokens = flatten(torch.randint(0, 7, (2, 3, 5)), 7)
-    logits = flat.llama(flat.embedding(tokens[:, :-1]))[:, 2:] @ flat.head.flatten(0, 1).T
+    logits = flat.backbone(flat.embedding(tokens[:, :-1]))[:, 2:] @ flat.head.flatten(0, 1).T
     shares = logits.softmax(-1).unflatten(-1, (3, 8)).sum(-1)  # (B, N, Q), what each codebook gets
     own = shares.unflatten(1, (4, 3)).diagonal(dim1=2, dim2=3)
-    torch.testing.assert_close(joint(tokens), flat(tokens) - own.log())
+    nats = joint(tokens)[:, 2:].view(2, 4, 3)  # from the second frame on
+    torch.testing.assert_close(nats, flat(tokens) - own.log())
 
 
-def test_turns_alternate_and_their_parts_are_medians():
+def test_turns_alternate_and_the_first_round_does_not_count(capsys):
     order = []
 
-    def turn(name: str, seconds: list[float]):
-        def work() -> dict[str, float]:
+    def turn(name: str, numbers: list[float]) -> Iterator[dict[str, float]]:
+        for number in numbers:
             order.append(name)
-            return {"part": seconds[order.count(name) - 1]}
+            yield {"part": number}
+        raise torch.OutOfMemoryError("too large")
 
-        return work
-
-    warm = 1000.0  # the first round does not count
-    turns = {"a": turn("a", [warm, 1, 5, 2]), "b": turn("b", [warm, 9, 7, 8])}
-    assert interleave(turns, 3, "test") == {"a": {"part": 2}, "b": {"part": 8}}
+    turns = {"a": turn("a", [1000, 1, 5, 2]), "b": turn("b", [1000, 9, 7, 8]), "c": turn("c", [])}
+    assert interleave(turns, 3) == {"a": {"part": 2}, "b": {"part": 8}}
     assert order == ["a", "b"] * 4
+    assert capsys.readouterr().out == "c is left out: too large\n"
 
 
 @pytest.mark.parametrize("part", ["training", "generation"])
-def test_every_contender_has_its_row(part, monkeypatch, capsys):
-    monkeypatch.setattr(bench_module, "CPU", {"tiny": TINY})
-    bench(BenchConfig(part=part, rounds=1, frames=2, device="cpu"))
-    lines = capsys.readouterr().out.splitlines()
-    for name in ("flat", "hierarchical", *(["joint softmax"] if part == "training" else [])):
-        rows = [line for line in lines if line.startswith(f"{name}, ")]
-        assert len(rows) == 2
-    first = next(line for line in lines if line.startswith("flat"))
-    assert first.endswith("1.00") and "%" in first
+def test_every_model_has_its_row(part, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "SHAPES", [TINY])
+    bench.bench(BenchConfig(part=part, rounds=1, frames=2, device="cpu"))
+    _, *tables = capsys.readouterr().out.strip().split("\n\n")
+    names = ["FlatLM", *["joint_softmax"] * (part == "training"), "HierarchicalLM"]
+    assert len(tables) == 2  # precisions, batch sizes
+    for title, *rows in (table.splitlines() for table in tables):
+        assert title.startswith(f"{part}, tiny, ")
+        assert [row.split()[0] for row in rows] == names
+        assert rows[0].endswith(" 1 x time") and all("% " in row for row in rows)
 
 
-def test_two_processes_have_their_efficiency(capfd):
-    bench(BenchConfig(part="scaling", rounds=1, device="cpu"))
-    lines = capfd.readouterr().out.splitlines()
-    one, two = (next(line for line in lines if line.startswith(n)) for n in ("1 proc", "2 proc"))
-    assert one.endswith("1.00") and "100%" in one and two.count("%") == 1
+def test_without_transformers_the_bench_says_so_and_goes_on(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setattr(bench, "SHAPES", [TINY])
+    bench.bench(BenchConfig(part="training", reference="hf", rounds=1, device="cpu"))
+    out = capsys.readouterr().out
+    assert "HuggingFace is left out: " in out and "FlatLM  " in out
 
 
-def test_without_transformers_the_bench_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(bench_module.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(bench_module, "CPU", {})
-    bench(BenchConfig(part="training", reference="hf", device="cpu"))
-    assert "transformers is not installed" in capsys.readouterr().out
+def attention(part: Llama, squared_positions: int) -> int:
+    """Multiply-adds of scores and of their use."""
+    return 2 * squared_positions * part.config.n_embd * part.config.n_layer
 
 
 def test_flops_are_six_per_weight_and_token_and_those_of_attention():
-    model = small_model("flat", 3, max_frames=8)
-    weights = sum(p.numel() for p in model.llama.parameters() if p.ndim > 1)
-    tokens, width, layers = 8 * 3 + 2, 32, 2  # positions that a window of 8 frames computes
-    heads = model.lm_head.numel() * 8  # each head once a frame
-    attention = 2 * tokens**2 * width * layers  # scores and their use
-    expected = 6 * (weights * tokens + heads + attention)
-    counted = training_flops(model, torch.zeros(1, 9 * 3, dtype=torch.long))
-    assert counted == pytest.approx(expected, rel=0.01)
+    model, n = small_model("flat", 3, max_frames=8), 8 * 3 + 2  # positions of a window of 8 frames
+    heads = 8 * model.lm_head.numel()  # each head once a frame
+    expected = 6 * (n * weights(model.backbone) + heads + attention(model.backbone, n**2))
+    assert training_flops(model, torch.zeros(1, 9 * 3, dtype=torch.long)) == expected
 
 
-def test_peak_memory_is_that_of_weights_moments_and_what_grows_with_the_batch():
-    model = small_model("flat", 3, max_frames=8)
-    one, two, four = (
-        peak_bytes(model, torch.zeros(rows, 9 * 3, dtype=torch.long), torch.float32)
-        for rows in (1, 2, 4)
-    )
-    weights = 4 * sum(p.numel() for p in model.parameters())
+def test_one_more_frame_takes_six_flops_per_weight_that_generating_it_reads():
+    model, tokens = small_model("hierarchical", 3, max_frames=8), torch.zeros(1, 9).long()
+    read = weights(model.backbone) + model.backbone_head.numel() + model.depth_head.numel()
+    read += 3 * (weights(model.depth) + weights(model.projection))
+    read += attention(model.backbone, 2**2 - 1**2) + attention(model.depth, 3**2)
+    assert training_flops(model, tokens) - training_flops(model, tokens[:, 3:]) == 6 * read
+
+
+def test_memory_is_that_of_weights_and_what_grows_with_the_batch():
+    def gigabytes(make: partial, rows: int) -> float:
+        tokens = torch.zeros(rows, 9 * 8, dtype=torch.long)
+        return next(training_step(make, tokens, torch.ones(2, 2), False))["GB"]
+
+    flat, joint = (partial(kind, LLAMA, 8, 255, 8, tied=True) for kind in (FlatLM, joint_softmax))
+    one, two, four = (gigabytes(flat, rows) for rows in (1, 2, 4))
     assert four - two == pytest.approx(2 * (two - one), rel=0.05)
-    assert one - (two - one) == pytest.approx(3 * weights, rel=0.1)  # AdamW keeps two moments
-
-
-def test_the_joint_softmax_needs_more_memory():
-    models = [kind(replace(TINY.llama, n_layer=2), 8, 255, 8) for kind in (FlatLM, JointLM)]
-    tokens = torch.zeros(4, 9 * 8, dtype=torch.long)
-    flat, joint = (peak_bytes(model, tokens, torch.float32) for model in models)
-    logits = 4 * 8 * 8 * 256 * 4  # bytes of one codebook's classes for every token
-    assert joint - flat > 2 * 7 * logits
+    kept = 4 * 4 * sum(p.numel() for p in flat().parameters())  # gradients, AdamW's two moments
+    assert 2 * one - two == pytest.approx(kept / 1e9, rel=0.1)
+    scores = 71 * 2048 - 64 * 256  # all classes at every position; a codebook's at a target
+    assert gigabytes(joint, 4) - four == pytest.approx(4 * 4 * scores / 1e9, rel=0.02)

@@ -5,26 +5,27 @@ from typing import Literal
 import pytest
 import torch
 
-from nanomimi import config as config_module
-from nanomimi.config import Config, argument, option, parse, resolve_device, run
+from nanomimi import distributed
+from nanomimi.config import Config, option, parse, run_script
 
 
 @dataclass(frozen=True)
 class Example(Config):
-    files: tuple[Path, ...] = argument("files")
+    files: tuple[Path, ...] = option((), "files", positional=True)
     rate: float = option(0.5, "a rate", above=0, at_most=1)
     count: int | None = option(None, "a count", at_least=1)
     kind: Literal["a", "b"] = option("a", "a kind")
     fast: bool = option(False, "a switch")
+    sizes: tuple[int, ...] = option((1,), "sizes")
 
 
 def test_flags_become_fields_of_their_types():
-    config = parse(Example, ["x", "y/z", "--rate", "0.25", "--count", "3", "--kind", "b", "--fast"])
-    assert config == Example((Path("x"), Path("y/z")), 0.25, 3, "b", True)
+    line = "x y/z --rate 0.25 --count 3 --kind b --fast --sizes 2 3"
+    expected = Example((Path("x"), Path("y/z")), 0.25, 3, "b", True, (2, 3))
+    assert parse(Example, line.split()) == expected
     assert parse(Example, []) == Example()
-    assert parse(Example, ["--no-fast"], defaults={"fast": True, "rate": 0.75}) == Example(
-        rate=0.75
-    )
+    defaults = {"fast": True, "rate": 0.75}
+    assert parse(Example, ["--no-fast"], defaults=defaults) == Example(rate=0.75)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,7 @@ def test_values_out_of_bounds_are_refused_from_python_too(values, message):
 def test_a_bad_command_line_ends_with_status_2_and_no_traceback(argv, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["script.py", *argv])
     with pytest.raises(SystemExit) as stop:
-        run(Example, lambda config: None)
+        run_script(Example, lambda config: None)
     assert stop.value.code == 2
     message = capsys.readouterr().err
     assert argv[0] in message and "Traceback" not in message
@@ -63,18 +64,29 @@ def test_help_gives_every_default(capsys):
 
 def test_a_device_that_is_not_there_is_named():
     with pytest.raises(ValueError, match="--device nonsense cannot be used"):
-        resolve_device("nonsense")
+        distributed.resolve_device("nonsense")
 
 
-def test_bfloat16_is_taken_where_it_is_clearly_faster_and_by_all_processes(monkeypatch):
-    measured = {torch.float32: 1.31, torch.bfloat16: 1.0}
-    monkeypatch.setattr(config_module, "_product_seconds", lambda device: measured)
-    auto = lambda: config_module.resolve_dtype("auto", torch.device("cpu"))
+def test_all_processes_choose_the_precision_that_is_faster_on_the_first(monkeypatch):
+    clock = {"now": 0.0, torch.float32: 1.31, torch.bfloat16: 1.0}
+    monkeypatch.setattr(distributed.time, "perf_counter", lambda: clock["now"])
+
+    class Product:
+        """Takes the seconds of its precision."""
+
+        def __init__(self, dtype: torch.dtype) -> None:
+            self.dtype = dtype
+
+        def __matmul__(self, other: "Product") -> None:
+            clock["now"] += clock[self.dtype]
+
+    monkeypatch.setattr(distributed.torch, "ones", lambda *_, dtype, device: Product(dtype))
+    auto = lambda: distributed.resolve_dtype("auto", torch.device("cpu"))
     assert auto() == torch.bfloat16
-    measured[torch.float32] = 1.29
+    clock[torch.float32] = 1.29
     assert auto() == torch.float32
-    # As a process whose own measurement differs from that of the first.
-    monkeypatch.setattr(config_module.dist, "is_initialized", lambda: True)
+    # A process whose own measurement differs from that of the first process.
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
     first = lambda answer: answer.__setitem__(0, True)
-    monkeypatch.setattr(config_module.dist, "broadcast_object_list", first)
+    monkeypatch.setattr(distributed.dist, "broadcast_object_list", first)
     assert auto() == torch.bfloat16

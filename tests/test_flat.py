@@ -8,11 +8,11 @@ from tests.conftest import small_model
 from tests.test_models import END, random_codes
 
 
-def test_nats_are_the_joint_softmax_restricted_to_the_codebook_whose_turn_it_is():
+def test_nats_are_the_joint_softmax_restricted_to_the_codebook_of_the_position():
     torch.manual_seed(0)
     model = small_model("flat", num_codebooks=3, max_frames=8)
     tokens = flatten(random_codes(2, 5), END)
-    hidden = model.llama(model.embedding(tokens))
+    hidden = model.backbone(model.embedding(tokens))
     joint = hidden @ model.head.flatten(0, 1).T  # (B, N, Q * V)
     nats = model(tokens)
     for row in range(2):
@@ -23,7 +23,7 @@ def test_nats_are_the_joint_softmax_restricted_to_the_codebook_whose_turn_it_is(
             torch.testing.assert_close(nats[row, t - 1, q], expected)
 
 
-def test_tied_and_untied_heads_have_the_same_face():
+def test_tied_and_untied_heads_have_the_same_shape():
     config = LlamaConfig(1, 2, 2, 16, 16)
     tied, untied = (FlatLM(config, 3, 7, 8, tied=t) for t in (True, False))
     assert tied.head.shape == untied.head.shape == (3, 8, 16)

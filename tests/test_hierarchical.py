@@ -8,7 +8,7 @@ from tests.conftest import small_model
 from tests.test_models import END, random_codes
 
 
-def test_a_frame_is_predicted_from_the_state_behind_the_frame_before_it():
+def test_a_frame_is_predicted_from_the_hidden_state_after_the_frame_before_it():
     """Written out: every code from state t - 1 and the codes before it in frame t."""
     torch.manual_seed(0)
     model = small_model("hierarchical", num_codebooks=3, max_frames=8)
@@ -40,10 +40,8 @@ def test_no_gradient_flows_from_a_frame_into_the_state_that_predicts_it():
 def test_with_one_codebook_it_is_the_flat_model():
     torch.manual_seed(0)
     flat, hierarchical = (small_model(arch, 1, 8) for arch in ("flat", "hierarchical"))
-    names = {"embedding.weight": "embedding.weight", "lm_head": "backbone_head"}
-    weights = {
-        names.get(k, k.replace("llama.", "backbone.")): v for k, v in flat.state_dict().items()
-    }
+    names = {"lm_head": "backbone_head"}
+    weights = {names.get(k, k): v for k, v in flat.state_dict().items()}
     weights["backbone_head"] = weights["backbone_head"][0]
     hierarchical.load_state_dict(weights)
     codes = torch.randint(0, END, (2, 1, 8))

@@ -4,15 +4,16 @@ import numpy as np
 import pytest
 import torch
 
+from nanomimi.checkpoint import MODELS
 from nanomimi.data import TokenDataset
-from nanomimi.likelihood import Trial, bootstrap, held_out, nats_of, prefix_swap, windows
+from nanomimi.evaluate.likelihood import Trial, bootstrap, held_out, score, prefix_swap, windows
 from nanomimi.tokens import flatten
 from tests.conftest import small_model
 
 
 @pytest.mark.parametrize("num_frames", [2, 8, 9, 10, 13, 14, 50])
 @pytest.mark.parametrize("max_frames", [2, 3, 7, 8])
-def test_windows_score_every_frame_once_behind_enough_context(num_frames, max_frames):
+def test_windows_score_every_frame_once_after_enough_context(num_frames, max_frames):
     scored = []
     for start, first, stop in windows(num_frames, max_frames):
         assert 0 <= start < first < stop and stop - start <= max_frames + 1
@@ -24,24 +25,22 @@ def test_windows_score_every_frame_once_behind_enough_context(num_frames, max_fr
 def test_pieces_are_scored_as_if_each_were_alone(model):
     pieces = [(torch.randint(0, 7, (3, n)), first) for n, first in ((4, 1), (9, 5), (2, 1), (6, 2))]
     for batch_size in (1, 3, 16):
-        scored = list(nats_of(model, batch_size, pieces))
+        scored = list(score(model, batch_size, pieces))
         for (codes, first), nats in zip(pieces, scored, strict=True):
             with torch.no_grad():
                 alone = model(flatten(codes[None], 7))[0, first - 1 :].double()
             torch.testing.assert_close(nats, alone, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("arch", ["flat", "hierarchical"])
+@pytest.mark.parametrize("arch", MODELS)
 def test_held_out_likelihood_is_the_mean_over_every_frame_of_the_split(arch, random_data):
     torch.manual_seed(0)
-    data = TokenDataset(random_data, "val", 3)
+    data = TokenDataset([random_data], "val", 3)
     model = small_model(arch, 3, max_frames=8, codebook_size=15)
-    results = [held_out(partial(nats_of, model, size), data, 8) for size in (1, 5, 64)]
+    results = [held_out(partial(score, model, size), data, 8) for size in (1, 5, 64)]
     with torch.no_grad():
         nats = []
-        for frame in range(
-            1, data.num_frames
-        ):  # each frame alone, behind the context of its window
+        for frame in range(1, data.num_frames):  # each alone, after the context of its window
             start, first, _ = next(w for w in windows(data.num_frames, 8) if w[1] <= frame < w[2])
             nats.append(model(flatten(data.codes(start, frame + 1 - start)[None], 15))[0, -1])
     expected = torch.stack(nats).mean(dim=0)
@@ -66,16 +65,16 @@ def trials(count: int) -> list[Trial]:
     ]
 
 
-def listener(own: float, other: float, pieces):
+def familiar(own: float, other: float, pieces):
     """A model that gives the second codebook `own` nats where a frame is like the first frame."""
     for codes, first in pieces:
         alike = (codes[1, first:] == codes[1, 0]).double()
         yield torch.stack([torch.ones_like(alike), alike * own + (1 - alike) * other], dim=1)
 
 
-def test_a_prefix_swap_hears_what_the_model_hears():
+def test_a_prefix_swap_is_right_where_the_model_prefers_its_own_group():
     for own, other, accuracy in ((1.0, 1.5, 1.0), (1.5, 1.0, 0.0), (1.0, 1.0, 0.5)):
-        result = prefix_swap(partial(listener, own, other), trials(40), 5, 0, "test")
+        result = prefix_swap(partial(familiar, own, other), trials(40), 5, 0)
         assert result["accuracy"] == accuracy and result["interval"] == [accuracy] * 2
         assert result["margin_per_codebook"] == [0.0, 2 * (other - own)]
         assert result["margin"] == other - own
@@ -85,12 +84,12 @@ def test_a_prefix_swap_hears_what_the_model_hears():
 def test_a_suffix_is_compared_with_itself_at_the_same_place():
     seen = []
 
-    def score(pieces):
+    def scorer(pieces):
         for codes, first in pieces:
             seen.append((codes, first))
             yield torch.zeros(codes.shape[1] - first, 2)
 
-    prefix_swap(score, trials(10), 4, 0, "test")
+    prefix_swap(scorer, trials(10), 4, 0)
     for i in range(0, 40, 4):
         assert len({(first, codes.shape[1]) for codes, first in seen[i : i + 4]}) == 1
         first = seen[i][1]
@@ -109,10 +108,9 @@ def test_the_bootstrap_over_single_trials_is_the_binomial_interval():
     assert [low, high] == bootstrap(right, [(str(i),) for i in range(400)], seed=0)
 
 
-def test_the_bootstrap_over_groups_knows_that_trials_of_a_group_agree():
-    right = np.repeat(np.arange(20) % 4 > 0, 20).astype(
-        float
-    )  # groups are right or wrong as a whole
+def test_the_bootstrap_resamples_groups_as_a_whole():
+    # All trials of a group agree, so 400 trials are worth no more than 20.
+    right = np.repeat(np.arange(20) % 4 > 0, 20).astype(float)
     low, high = bootstrap(right, [(str(i // 20),) for i in range(400)], seed=0)
     error = 1.96 * np.sqrt(0.75 * 0.25 / 20)
     assert (low, high) == pytest.approx((0.75 - error, 0.75 + error), abs=0.05)

@@ -8,7 +8,7 @@ from nanomimi.llama import (
     KVCache,
     Llama,
     LlamaConfig,
-    Place,
+    Positions,
     RMSNorm,
     RopeScaling,
     rope,
@@ -40,7 +40,8 @@ def test_attention_equals_an_explicit_softmax_over_grouped_heads():
             )
             expected[i, 8 * head : 8 * head + 8] = sum(w * v[j] for j, w in enumerate(weights))
     torch.testing.assert_close(
-        attention(x, Place(torch.arange(6), cos, sin, None), None)[0], attention.o_proj(expected)
+        attention(x, Positions(torch.arange(6), cos, sin, None), None)[0],
+        attention.o_proj(expected),
     )
 
 

@@ -1,20 +1,21 @@
-"""The laws of both models: FlatLM and HierarchicalLM pass the same tests."""
+"""The laws of every model in checkpoint.MODELS; a new model is tested as soon as it is listed."""
 
+import itertools
 import math
 import shutil
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
+from nanomimi.checkpoint import MODELS
 from nanomimi.llama import Block
-from nanomimi.sampling import sample
+from nanomimi.sampling import make_sampler
 from nanomimi.tokens import flatten, separator
 from tests.conftest import small_model
 
-greedy = partial(sample, temperature=0)
+greedy = make_sampler(temperature=0)
 END = 7
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
@@ -27,7 +28,7 @@ def random_codes(batch: int, frames: int) -> torch.Tensor:
     return torch.randint(0, END, (batch, 3, frames), generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize("arch", ["flat", "hierarchical"])
+@pytest.mark.parametrize("arch", MODELS)
 def test_a_fresh_model_starts_at_the_logarithm_of_the_number_of_classes(arch):
     torch.manual_seed(0)
     fresh = small_model(arch, num_codebooks=4, max_frames=8, n_embd=64)
@@ -90,7 +91,7 @@ def test_the_logits_of_generation_are_those_of_the_likelihood(model):
         for q in range(3):
             chosen = -seen[3 * t + q].gather(1, codes[:, q, 2 + t, None])[:, 0]
             expected = nats[:, t, q]
-            if q > 0:  # END is illegal there, and what it would take is shared by the rest
+            if q > 0:  # END has probability 0 there, and the others share its part
                 ended = codes.clone()
                 ended[:, q, 2 + t] = END
                 expected = expected + (-model(flatten(ended, END))[:, 1 + t, q].neg().exp()).log1p()
@@ -98,7 +99,7 @@ def test_the_logits_of_generation_are_those_of_the_likelihood(model):
 
 
 @torch.no_grad()
-def test_generation_goes_on_past_the_context_with_its_newest_half(model):
+def test_generation_continues_past_the_context_with_its_newest_half(model):
     prompt = random_codes(1, 8)  # fills the context
     frames = torch.stack(list(model.generate(prompt, 12, without_end)), dim=2)
     everything = torch.cat([prompt, frames], dim=2)
@@ -116,12 +117,12 @@ def test_rows_of_a_batch_do_not_disturb_each_other(model):
         assert torch.equal(together[row], alone[0])
 
 
-def test_continuations_of_one_prompt_are_as_if_each_had_been_prefilled(model):
-    prompts = random_codes(2, 8)  # fills the context, so that it is left behind on the way
+def test_samples_of_one_prompt_equal_samples_that_were_prefilled_one_by_one(model):
+    prompts = random_codes(2, 8)  # fills the context, so generation goes past it
 
     def draw() -> Callable[[torch.Tensor], torch.Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        return lambda logits: sample(logits[:, :END], temperature=3.0, generator=generator)
+        sampler = make_sampler(temperature=3.0)
+        return lambda logits: sampler(logits[:, :END])
 
     shared = list(model.generate(prompts, 12, draw(), num_samples=3))
     alone = list(model.generate(prompts.repeat_interleave(3, dim=0), 12, draw()))
@@ -129,13 +130,13 @@ def test_continuations_of_one_prompt_are_as_if_each_had_been_prefilled(model):
     assert torch.equal(torch.stack(shared), torch.stack(alone))
 
 
-def test_end_finishes_its_row_and_never_stands_inside_a_frame(model):
-    generator = torch.Generator().manual_seed(0)
+def test_end_ends_its_row_and_only_codebook_zero_draws_it(model):
+    sampler = make_sampler(temperature=2.0)
 
     def draw(logits: torch.Tensor) -> torch.Tensor:
         likely = logits.clone()
         likely[:, END] += logits[:, :END].amax(dim=1)  # where END is illegal, -inf stays
-        return sample(likely, temperature=2.0, generator=generator)
+        return sampler(likely)
 
     frames = torch.stack(list(model.generate(start(64), 30, draw)), dim=2)
     ended = frames == END
@@ -144,17 +145,32 @@ def test_end_finishes_its_row_and_never_stands_inside_a_frame(model):
     assert not (ended[:, 0, :-1] & ~ended[:, 0, 1:]).any()
 
 
+@pytest.mark.parametrize("drawn", [0, 5])
+def test_what_an_ended_row_draws_never_shows_and_changes_no_other_row(model, drawn):
+    """The first of two rows draws END and then `drawn` for ever, also past the context."""
+    prompts, calls = random_codes(2, 3), itertools.count()
+
+    def draw(logits: torch.Tensor) -> torch.Tensor:
+        codes = without_end(logits)
+        codes[0] = END if next(calls) == 0 else drawn
+        return codes
+
+    together = torch.stack(list(model.generate(prompts, 12, draw)), dim=2)
+    alone = torch.stack(list(model.generate(prompts[1:], 12, without_end)), dim=2)
+    assert (together[0] == END).all() and torch.equal(together[1:], alone)
+
+
 def test_generation_stops_when_every_row_has_ended(model):
     ends = lambda logits: torch.full((len(logits),), END)
     frames = list(model.generate(start(3), 10, ends))
     assert len(frames) == 1 and (frames[0] == END).all()
 
 
-@pytest.mark.parametrize("arch", ["flat", "hierarchical"])
-def test_a_batch_is_overfitted_and_recited(arch):
+@pytest.mark.parametrize("arch", MODELS)
+def test_a_batch_is_learned_by_heart_and_generated(arch):
     torch.manual_seed(0)
     model = small_model(arch, 3, 12, n_kv_head=4, n_embd=64, n_hidden=128)
-    # The first frames differ, so that every recitation has one right continuation.
+    # The first frames differ, so that every prompt has one right continuation.
     codes = torch.randint(0, END, (4, 3, 10))
     codes[:, 0, 0] = torch.arange(4)
     codes = torch.cat([start(4), codes, start(4)], dim=2)
@@ -165,13 +181,13 @@ def test_a_batch_is_overfitted_and_recited(arch):
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.02
-    recited = torch.stack(list(model.generate(codes[:, :, :2], 20, greedy)), dim=2)
-    assert torch.equal(recited, codes[:, :, 2:])
+    generated = torch.stack(list(model.generate(codes[:, :, :2], 20, greedy)), dim=2)
+    assert torch.equal(generated, codes[:, :, 2:])
 
 
-@pytest.mark.skipif(not COMPILER, reason="torch compiles by way of C++")
-@pytest.mark.parametrize("arch", ["flat", "hierarchical"])
+@pytest.mark.parametrize("arch", MODELS)
 def test_a_compiled_model_has_the_nats_and_gradients_of_the_eager_one(arch):
+    """Captured as one graph and differentiated ahead of time, but not compiled to machine code."""
     torch.manual_seed(0)
     model = small_model(arch, num_codebooks=3, max_frames=8, n_layer=1)
     tokens = flatten(random_codes(2, 6), END)
@@ -181,11 +197,22 @@ def test_a_compiled_model_has_the_nats_and_gradients_of_the_eager_one(arch):
         return nats.detach(), torch.autograd.grad(nats.mean(), list(model.parameters()))
 
     eager = results()
-    model.compile(fullgraph=True)
+    model.compile(fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(results(), eager, atol=1e-4, rtol=1e-3)
 
 
-def test_what_blocks_add_to_keeps_full_precision_under_autocast(model):
+@pytest.mark.skipif(not COMPILER, reason="torch compiles by way of C++")
+@torch.no_grad()
+def test_a_model_in_machine_code_has_the_nats_of_the_eager_one():
+    torch.manual_seed(0)
+    model = small_model("hierarchical", num_codebooks=3, max_frames=8, n_layer=1)
+    tokens = flatten(random_codes(2, 6), END)
+    eager = model(tokens)
+    model.compile(fullgraph=True)
+    torch.testing.assert_close(model(tokens), eager, atol=1e-4, rtol=1e-3)
+
+
+def test_the_residual_stream_stays_in_float32_under_autocast(model):
     seen = []
     for module in model.modules():
         if isinstance(module, Block):

@@ -1,105 +1,188 @@
-"""The README's words hold: its commands parse, its files exist, and CI runs its test command."""
+"""The words hold: commands parse, files exist, lines are counted, files import from above alone."""
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from nanomimi.bench import BenchConfig
+from nanomimi.compare import CompareConfig
 from nanomimi.config import parse
-from nanomimi.evaluate import EvaluateConfig
+from nanomimi.evaluate.__main__ import EvaluateConfig
+from nanomimi.picture import PictureConfig
+from nanomimi.tiny.listen import ListenConfig
 from nanomimi.tiny.train_codec import CodecConfig
 from prepare import PrepareConfig
 from sample import SampleConfig
-from tests.counting import CountingConfig
-from tests.experiment import ExperimentConfig
 from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "nanomimi/RESULTS.md")}
+README = PAGES["README.md"]
 CONFIGS = {
     "prepare.py": PrepareConfig,
     "train.py": TrainConfig,
     "sample.py": SampleConfig,
     "nanomimi.tiny.train_codec": CodecConfig,
+    "nanomimi.tiny.listen": ListenConfig,
     "nanomimi.evaluate": EvaluateConfig,
     "nanomimi.bench": BenchConfig,
-    "tests.counting": CountingConfig,
-    "tests.experiment": ExperimentConfig,
+    "nanomimi.compare": CompareConfig,
+    "nanomimi.picture": PictureConfig,
 }
+CODE = sorted([*ROOT.glob("*.py"), *ROOT.glob("nanomimi/**/*.py")])
+CEILINGS = {  # lines, comments included
+    "prepare.py": 140,
+    "train.py": 255,
+    "sample.py": 145,
+    "nanomimi/__init__.py": 35,
+    "nanomimi/audio.py": 95,
+    "nanomimi/codec.py": 175,
+    "nanomimi/tokens.py": 70,
+    "nanomimi/data.py": 230,
+    "nanomimi/llama.py": 240,
+    "nanomimi/decode.py": 80,
+    "nanomimi/lm.py": 100,
+    "nanomimi/flat.py": 70,
+    "nanomimi/hierarchical.py": 110,
+    "nanomimi/sampling.py": 45,
+    "nanomimi/checkpoint.py": 110,
+    "nanomimi/config.py": 85,
+    "nanomimi/distributed.py": 70,
+    "nanomimi/evaluate/__main__.py": 120,
+    "nanomimi/evaluate/likelihood.py": 115,
+    "nanomimi/evaluate/pairs.py": 70,
+    "nanomimi/bench.py": 190,
+    "nanomimi/compare.py": 105,
+    "nanomimi/picture.py": 105,
+    "nanomimi/tiny/digits.py": 80,
+    "nanomimi/tiny/listen.py": 120,
+    "nanomimi/tiny/train_codec.py": 235,
+}
+IDEA = "tokens data llama lm decode flat hierarchical sampling".split()
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def test_no_file_is_longer_than_its_ceiling_and_the_whole_is_read_in_an_evening():
+    sizes = {str(path.relative_to(ROOT)): lines(path) for path in CODE}
+    small = {name for name in sizes if name.endswith("__init__.py")}
+    assert set(sizes) - small <= set(CEILINGS)
+    over = {name: sizes[name] for name, ceiling in CEILINGS.items() if sizes[name] > ceiling}
+    assert not over
+    assert sum(sizes.values()) <= 3100
+    assert sizes["train.py"] + sum(sizes[f"nanomimi/{name}.py"] for name in IDEA) <= 1200
+    assert len(README.splitlines()) <= 200
+
+
+def test_the_readmes_line_counts_are_true():
+    sizes = {str(path.relative_to(ROOT)): lines(path) for path in CODE}
+    idea = sizes["train.py"] + sum(sizes[f"nanomimi/{name}.py"] for name in IDEA)
+    stated = re.search(
+        r"idea alone is\s+([\d,]+) lines of Python, everything together ([\d,]+)", README
+    )
+    numbers = [int(number.replace(",", "")) for number in stated.groups()]
+    assert numbers == [round(idea, -2), round(sum(sizes.values()), -2)]
+    counted = re.findall(r"^([\w/]+\.py) .* (\d+)$", tree(), re.M)
+    assert {name: int(count) for name, count in counted} == {
+        name: round(size + 0.1, -1) for name, size in sizes.items() if name in dict(counted)
+    }
+
+
+def tree() -> str:
+    """The annotated tree of the README."""
+    return README[README.index("nanomimi/audio.py  ") : README.index("## Your own audio")]
+
+
+def test_the_tree_lists_every_file_and_folder():
+    named = set(re.findall(r"^([\w./]+) ", tree(), re.M))
+    package = {f"nanomimi/{path.name}" for path in (ROOT / "nanomimi").glob("*.py")}
+    folders = {"nanomimi/tiny/", "nanomimi/evaluate/", "tests/"}
+    scripts = {path.name for path in ROOT.glob("*.py")}
+    assert named == package - {"nanomimi/__init__.py"} | scripts | folders
+
+
+def test_files_import_only_from_files_above_them():
+    order = re.findall(r"^nanomimi/(\w+)(?:\.py|/) ", tree(), re.M)
+    for place, name in enumerate(order):
+        path = ROOT / "nanomimi" / name
+        for file in path.glob("*.py") if path.is_dir() else [path.with_suffix(".py")]:
+            text = file.read_text()
+            imported = set(re.findall(r"^from nanomimi\.(\w+)", text, re.M))
+            for names in re.findall(r"^from nanomimi import ([\w, ]+)$", text, re.M):
+                imported |= set(names.split(", "))
+            assert imported - {name} <= set(order[:place]), file
+
+
+@pytest.mark.parametrize("package, home", [("moshi", "codec.py"), ("sphn", "audio.py")])
+def test_one_file_knows_each_library_for_sound(package, home):
+    users = [p for p in CODE if re.search(rf"^(from|import) {package}\b", p.read_text(), re.M)]
+    assert [path.name for path in users] == [home]
 
 
 def commands() -> list[str]:
-    """Every command of the README that starts one of ours, in blocks and in running text."""
-    pieces = re.findall(r"```bash\n(.*?)```", README, re.S) + re.findall(r"`([^`\n]+)`", README)
-    lines = [
-        part.strip()
-        for piece in pieces
-        for line in piece.splitlines()
-        for part in re.split(r"&&| \| ", line)
-    ]
+    """Every command of the pages that starts one of ours, in blocks and in running text."""
+    text = "\n".join(PAGES.values())
+    pieces = re.findall(r"```bash\n(.*?)```", text, re.S) + re.findall(r"`([^`\n]+)`", text)
+    found = []
+    for line in (line for piece in pieces for line in piece.splitlines()):
+        found += [part.strip() for part in re.split(r"&&| \| ", line)]
     return [
         line
-        for line in lines
+        for line in dict.fromkeys(found)
         if re.match(r"(python|torchrun) .*", line) and "-m pytest" not in line
     ]
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if "-m venv" not in c])
+@pytest.mark.parametrize("command", commands())
 def test_commands_have_the_flags_they_show(command):
-    words = shlex.split(command.replace("...", ""))
+    words = shlex.split(command)
     name = next(word for word in words if word in CONFIGS)
     parse(CONFIGS[name], words[words.index(name) + 1 :])
 
 
-def test_the_readme_shows_every_script():
-    shown = " ".join(commands())
+def test_every_command_is_shown_and_every_flag_in_the_text_exists():
+    shown = " ".join(commands()) + (ROOT / "nanomimi/tiny/README.md").read_text()
     assert all(name in shown for name in CONFIGS)
-
-
-def test_flags_named_in_the_text_exist():
     known = {f"--{name}" for config in CONFIGS.values() for name in config.__dataclass_fields__}
-    others = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}  # torchrun's
-    assert set(re.findall(r"--\w+", README)) <= known | others
+    for page in PAGES.values():
+        assert set(re.findall(r"--\w+", page)) <= known | {"--nproc_per_node"}
 
 
-def test_the_table_of_files_is_the_list_of_files():
-    table = README[README.index("| file | step |") : README.index("Four decisions")]
-    named = set(re.findall(r"^\| `([\w./]+)` \|", table, re.M))
-    steps = {f"nanomimi/{path.name}" for path in (ROOT / "nanomimi").glob("*.py")} - {
-        "nanomimi/__init__.py"
-    }
-    scripts = {path.name for path in ROOT.glob("*.py")}
-    assert named == steps | scripts | {"nanomimi/tiny/", "tests/"}
-    inside = set(re.findall(r"`([\w./]+)`", table)) - named - {"data/NAME", "runs/NAME"}
-    assert all(
-        (ROOT / name).exists() or (ROOT / "nanomimi/tiny" / name).exists() for name in inside
-    )
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_command_has_help(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(CONFIGS[name], ["--help"])
+    assert stop.value.code == 0 and "default: " in capsys.readouterr().out
 
 
-def test_files_import_only_from_files_above_them():
-    order = re.findall(r"^\| `nanomimi/(\w+)(?:\.py|/)` \|", README, re.M)
-    for place, name in enumerate(order):
-        path = ROOT / "nanomimi" / name
-        for file in path.glob("*.py") if path.is_dir() else [path.with_suffix(".py")]:
-            imported = set(re.findall(r"^from nanomimi\.(\w+)", file.read_text(), re.M))
-            assert imported - {name} <= set(order[:place]), file
+def test_links_and_pictures_exist():
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+            assert (ROOT / page).parent.joinpath(target).exists(), target
+    assert all(path.stat().st_size < 150_000 for path in (ROOT / "nanomimi/figures").iterdir())
 
 
-def test_only_the_codec_knows_moshi_and_only_audio_knows_sphn():
-    for package, home in (("moshi", "codec.py"), ("sphn", "audio.py")):
-        users = {
-            path.name
-            for path in ROOT.glob("nanomimi/**/*.py")
-            if re.search(rf"^(from|import) {package}\b", path.read_text(), re.M)
-        }
-        users |= {
-            path.name
-            for path in ROOT.glob("*.py")
-            if re.search(rf"^(from|import) {package}\b", path.read_text(), re.M)
-        }
-        assert users == {home}
+def test_the_readmes_python_runs(tmp_path):
+    """With a run of a model that has learned nothing in the place of runs/digits."""
+    code = re.search(r"```python\n(.*?)```", README, re.S).group(1)
+    run = tmp_path / "run"
+    flags = ["--out", tmp_path / "data", "--hours", "0.03"]
+    small = ["--max_steps", 1, "--n_layer", 1, "--n_embd", 32, "--max_frames", 8]
+    for script in (
+        ["prepare.py", *flags],
+        ["train.py", "--data", tmp_path / "data", "--out", run, *small],
+        ["-c", code.replace("runs/digits", str(run))],
+    ):
+        command = [sys.executable, *map(str, script)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert "nats per token" in done.stdout
 
 
 def test_ci_runs_the_readmes_test_command():

@@ -1,14 +1,13 @@
 import pytest
 import torch
 
-from nanomimi.sampling import keep_top_k, keep_top_p, sample
+from nanomimi.sampling import keep_top_k, keep_top_p, make_sampler
 
 LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
 
 
 def shares(**settings) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    draws = sample(LOGITS.expand(20000, 4), generator=generator, **settings)
+    draws = make_sampler(**settings)(LOGITS.expand(20000, 4))
     return torch.bincount(draws, minlength=4) / len(draws)
 
 
@@ -44,3 +43,10 @@ def test_filters_zero_and_never_reorder():
     assert (kept.sum(-1) >= 0.7 - 1e-6).all()
     without_smallest = kept.sum(-1) - torch.where(kept > 0, kept, 2).amin(-1)
     assert (without_smallest < 0.7).all()
+
+
+def test_a_sampler_draws_with_its_settings_and_repeats_with_its_seed():
+    logits = LOGITS.expand(50, 4)
+    first, again, other = (make_sampler(1.0, top_k=3, seed=s)(logits) for s in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert first.max() == 2

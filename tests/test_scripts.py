@@ -1,18 +1,20 @@
-"""The scripts as a user runs them: the offline story in small, and a newcomer's mistakes."""
+"""The scripts as a user runs them, on the bundled digits, and the mistakes of a new user."""
 
 import json
-import os
+import shutil
 import subprocess
 import sys
 import wave
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from nanomimi import TokenDataset, checkpoint
-from nanomimi.audio import read_audio, write_wav
-from nanomimi.evaluate import EvaluateConfig, evaluate
+from nanomimi.audio import STDOUT, read_audio, write_wav
+from nanomimi.evaluate.__main__ import EvaluateConfig, evaluate
 from prepare import PrepareConfig, prepare
 from sample import SampleConfig, sample
 from tests.conftest import tone
@@ -23,29 +25,13 @@ DIANA = ROOT / "nanomimi" / "tiny" / "digits" / "diana.ogg"
 
 
 @pytest.fixture(scope="session")
-def story(tmp_path_factory) -> Path:
-    """The three scripts on the bundled digits: a folder with data and run."""
+def story(tmp_path_factory, counted) -> Path:
+    """The bundled digits, prepared and trained on: a folder with data and run."""
     folder = tmp_path_factory.mktemp("story")
-    prepare(PrepareConfig(out=folder / "data", hours=0.1, device="cpu"))
-    train(
-        TrainConfig(
-            data=folder / "data",
-            out=folder / "run",
-            max_steps=4,
-            max_frames=40,
-            n_layer=1,
-            n_embd=32,
-            warmup_steps=1,
-            device="cpu",
-        )
-    )
+    shutil.copytree(counted, folder / "data")
+    small = dict(max_steps=4, max_frames=40, n_layer=1, n_embd=32, warmup_steps=1, device="cpu")
+    train(TrainConfig(data=(folder / "data",), out=folder / "run", **small))
     return folder
-
-
-def script(name: str, *argv: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, name, *map(str, argv)], cwd=ROOT, capture_output=True, text=True
-    )
 
 
 def wav_of(path: Path) -> tuple[int, int]:
@@ -54,51 +40,29 @@ def wav_of(path: Path) -> tuple[int, int]:
         return file.getframerate(), file.getnframes()
 
 
-def test_the_offline_story_ends_in_audio(story, tmp_path):
-    paths = sample(
-        SampleConfig(
-            run=story / "run",
-            prompt=DIANA,
-            prompt_seconds=1.0,
-            seconds=1.6,
-            num_samples=3,
-            out=tmp_path,
-            device="cpu",
-        )
-    )
+def test_prepare_train_and_sample_end_in_audio(story, tmp_path):
+    flags = dict(prompt=DIANA, prompt_seconds=1.0, seconds=1.6, num_samples=3, device="cpu")
+    paths = sample(SampleConfig(run=story / "run", out=tmp_path, **flags))
     assert len(paths) == 3
     for path in paths:
         rate, samples = wav_of(path)
         assert rate == 24000 and 0.96 * rate <= samples <= (0.96 + 1.6) * rate
         assert np.abs(read_audio(path, rate)).max() > 0.01
-    lines = [
-        json.loads(line) for line in (story / "data" / "utterances.jsonl").read_text().splitlines()
-    ]
-    assert {line["split"] for line in lines} == {"train", "val"}
+    assert {line["split"] for line in utterances(story / "data")} == {"train", "val"}
 
 
 def test_a_hierarchical_run_goes_through_the_same_scripts(story, tmp_path):
     flags = dict(max_steps=2, max_frames=40, n_layer=1, n_embd=32, device="cpu")
-    train(TrainConfig(data=story / "data", out=tmp_path / "run", arch="hierarchical", **flags))
-    paths = sample(
-        SampleConfig(
-            run=tmp_path / "run", prompt=DIANA, prompt_seconds=1.0, seconds=4, out=tmp_path
-        )
-    )
+    train(TrainConfig(data=(story / "data",), out=tmp_path / "run", arch="hierarchical", **flags))
+    flags = dict(prompt=DIANA, prompt_seconds=1.0, seconds=4, device="cpu")
+    paths = sample(SampleConfig(run=tmp_path / "run", out=tmp_path, **flags))
     assert len(paths) == 4 and all(wav_of(path)[1] >= 0.96 * 24000 for path in paths)
 
 
 def test_samples_repeat_with_the_seed_and_change_with_it(story, tmp_path):
     def bytes_of(name: str, **settings) -> bytes:
-        config = SampleConfig(
-            run=story / "run",
-            seconds=1.0,
-            num_samples=1,
-            out=tmp_path / name,
-            device="cpu",
-            **settings,
-        )
-        return sample(config)[0].read_bytes()
+        flags = dict(seconds=1.0, num_samples=1, device="cpu", **settings)
+        return sample(SampleConfig(run=story / "run", out=tmp_path / name, **flags))[0].read_bytes()
 
     assert bytes_of("a", seed=1) == bytes_of("b", seed=1) != bytes_of("c", seed=2)
 
@@ -108,43 +72,37 @@ def samples_of(path: Path) -> np.ndarray:
         return np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(int)
 
 
-def test_streamed_wavs_are_those_decoded_at_the_end(story, tmp_path):
-    flags = dict(
-        run=story / "run", prompt=DIANA, prompt_seconds=0.5, num_samples=6, temperature=2.0
-    )
-    whole, streamed = (
-        sample(SampleConfig(**flags, top_k=0, seconds=8, stream=s, out=tmp_path / str(s)))
-        for s in (False, True)
-    )
-    lengths = {len(samples_of(path)) for path in whole}
-    assert len(lengths) > 1  # some rows end before the others
+@pytest.fixture(scope="module")
+def lasting(story, tmp_path_factory) -> tuple[SampleConfig, list[Path]]:
+    """Samples longer than the context, of which some end before the others."""
+    draws = dict(num_samples=8, temperature=2.0, top_k=0, seconds=6, device="cpu")
+    out = tmp_path_factory.mktemp("lasting")
+    config = SampleConfig(run=story / "run", prompt=DIANA, prompt_seconds=0.5, out=out, **draws)
+    return config, sample(config)
+
+
+def test_streamed_wavs_are_those_decoded_at_the_end(lasting, tmp_path):
+    config, whole = lasting
+    streamed = sample(replace(config, stream=True, out=tmp_path))
+    assert len({len(samples_of(path)) for path in whole}) > 1
     for a, b in zip(map(samples_of, whole), map(samples_of, streamed), strict=True):
         assert len(a) == len(b) and np.abs(a - b).max() <= 2  # of 32768
 
 
-def test_a_stream_to_standard_output_is_the_samples_alone(story, tmp_path):
-    flags = ["--run", story / "run", "--stream", "--num_samples", 1, "--seconds", 2]
-    assert script("sample.py", *flags, "--out", tmp_path).returncode == 0
-    command = [sys.executable, "sample.py", *map(str, flags), "--out", "-"]
-    piped = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
-    assert np.array_equal(np.frombuffer(piped.stdout, "<i2"), samples_of(tmp_path / "sample-0.wav"))
-    assert b"x real time" in piped.stderr
+def test_a_stream_to_standard_output_is_the_samples_alone(story, tmp_path, capfdbinary):
+    flags = dict(run=story / "run", stream=True, num_samples=1, seconds=2, device="cpu")
+    sample(SampleConfig(**flags, out=tmp_path))
+    capfdbinary.readouterr()
+    sample(SampleConfig(**flags, out=STDOUT))
+    shown, told = capfdbinary.readouterr()
+    assert np.array_equal(np.frombuffer(shown, "<i2"), samples_of(tmp_path / "sample-0.wav"))
+    assert b"x real time" in told
 
 
-def test_samples_go_on_past_the_context(story, tmp_path):
-    config = SampleConfig(
-        run=story / "run",
-        prompt=DIANA,
-        prompt_seconds=0.5,
-        seconds=8,
-        num_samples=8,
-        out=tmp_path,
-        temperature=2.0,
-        top_k=0,
-        device="cpu",
-    )
-    context = checkpoint.read(story / "run")["model"]["max_frames"] * 1920
-    assert max(wav_of(path)[1] for path in sample(config)) > context
+def test_samples_continue_past_the_context(lasting):
+    config, paths = lasting
+    context = checkpoint.read(config.run)["model"]["max_frames"] * 1920
+    assert max(wav_of(path)[1] for path in paths) > context
 
 
 def test_a_folder_of_any_audio_is_prepared_and_bad_files_are_listed(random_mimi, tmp_path, capsys):
@@ -156,19 +114,13 @@ def test_a_folder_of_any_audio_is_prepared_and_bad_files_are_listed(random_mimi,
     flags = dict(audio=(tmp_path / "in",), codec=str(random_mimi), num_codebooks=6, device="cpu")
     prepare(PrepareConfig(**flags, out=tmp_path / "files"))
     out = capsys.readouterr().out
-    assert out.count("skipped:") == 1 and "bad.flac" in out and "1 of 7 files skipped" in out
-    lines = [
-        json.loads(line)
-        for line in (tmp_path / "files" / "utterances.jsonl").read_text().splitlines()
-    ]
+    assert out.count("skipped:") == 1 and "bad.flac" in out and "1 files skipped" in out
+    lines = utterances(tmp_path / "files")
     assert len(lines) == 6 and {Path(line["group"]).name for line in lines} == {"anna", "ben"}
     assert sum(line["num_frames"] for line in lines) == 2 * (13 + 19 + 25)  # of 1, 1.5 and 2 s
 
     prepare(PrepareConfig(**flags, out=tmp_path / "groups", split_by="group"))
-    lines = [
-        json.loads(line)
-        for line in (tmp_path / "groups" / "utterances.jsonl").read_text().splitlines()
-    ]
+    lines = utterances(tmp_path / "groups")
     sides = {
         side: {line["group"] for line in lines if line["split"] == side}
         for side in ("train", "val")
@@ -176,40 +128,55 @@ def test_a_folder_of_any_audio_is_prepared_and_bad_files_are_listed(random_mimi,
     assert len(sides["train"]) == len(sides["val"]) == 1 and not sides["train"] & sides["val"]
 
 
-def test_several_processes_prepare_the_bytes_of_one(random_mimi, tmp_path):
-    for i in range(7):
-        (tmp_path / "in" / f"speaker{i % 2}").mkdir(parents=True, exist_ok=True)
-        path = tmp_path / "in" / f"speaker{i % 2}" / f"{i}.wav"
-        write_wav(path, tone(0.5 + i / 4, 16000, hz=200 + 50 * i), 16000)
-    (tmp_path / "in" / "speaker0" / "bad.wav").write_text("this is no audio")
-    flags = ["prepare.py", tmp_path / "in", "--codec", random_mimi, "--num_codebooks", "6"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
-    for launch, out in (([], "one"), (torchrun, "three")):
-        command = [sys.executable, *launch, *flags, "--out", tmp_path / out, "--device", "cpu"]
-        threads = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=threads, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert "1 of 8 files skipped" in done.stdout
-    names = ["meta.json", "train.bin", "utterances.jsonl", "val.bin"]
-    assert sorted(path.name for path in (tmp_path / "three").iterdir()) == names
-    for name in names:
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "three" / name).read_bytes()
+def utterances(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "utterances.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def tones(tmp_path_factory) -> Path:
+    """Two speakers with six recordings each, all of different length and pitch, and a bad file."""
+    folder = tmp_path_factory.mktemp("tones")
+    for i in range(12):
+        (folder / f"speaker{i // 6}").mkdir(exist_ok=True)
+        wav = tone(0.5 + i / 8, 16000, hz=200 + 50 * i)
+        write_wav(folder / f"speaker{i // 6}" / f"{i:02}.wav", wav, 16000)
+    (folder / "speaker0" / "bad.wav").write_text("this is no audio")
+    return folder
+
+
+def test_files_are_written_in_an_order_that_depends_on_the_seed_alone(random_mimi, tones, tmp_path):
+    flags = dict(audio=(tones,), codec=str(random_mimi), num_codebooks=6, device="cpu")
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        prepare(PrepareConfig(**flags, out=tmp_path / name, seed=seed))
+    for name in ("train.bin", "val.bin", "utterances.jsonl", "meta.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    order = [[line["file"] for line in utterances(tmp_path / name)] for name in "ac"]
+    assert sorted(order[0]) == sorted(order[1]) and len(order[0]) == 12
+    assert order[0] != order[1] and sorted(order[0]) not in order
+
+
+def test_every_recording_has_the_codes_that_it_has_alone(
+    random_mimi, random_codec, tones, tmp_path
+):
+    flags = dict(audio=(tones,), codec=str(random_mimi), num_codebooks=6, device="cpu")
+    prepare(PrepareConfig(**flags, val_fraction=1, out=tmp_path))
+    data = TokenDataset([tmp_path], "val", 6)
+    assert len(data.utterances()) == 12  # everything is held out
+    for line in data.utterances():
+        wav = torch.from_numpy(read_audio(Path(line["file"]), random_codec.sample_rate))
+        codes = data.codes(line["first_frame"], line["num_frames"])
+        assert torch.equal(codes, random_codec.encode(wav[None, None])[0])
+    with pytest.raises(ValueError, match="lower --max_frames or prepare more audio"):
+        TokenDataset([tmp_path], "train", 6).train_batch(0, 1, 4, seed=0)
 
 
 def test_the_same_file_is_never_on_both_sides(random_mimi, tmp_path):
     write_wav(tmp_path / "a.wav", tone(1, 24000), 24000)
     write_wav(tmp_path / "b.wav", tone(1, 24000), 24000)
     named_twice = (tmp_path / "a.wav", tmp_path, tmp_path / "b.wav")
-    prepare(
-        PrepareConfig(
-            audio=named_twice,
-            codec=str(random_mimi),
-            num_codebooks=2,
-            out=tmp_path / "d",
-            device="cpu",
-        )
-    )
-    counts = TokenDataset(tmp_path / "d", "train").meta["splits"]
+    flags = dict(codec=str(random_mimi), num_codebooks=2, device="cpu")
+    prepare(PrepareConfig(audio=named_twice, out=tmp_path / "d", **flags))
+    counts = TokenDataset([tmp_path / "d"], "train", 2).meta["splits"][0]
     assert counts["train"]["utterances"] == counts["val"]["utterances"] == 1
 
 
@@ -241,7 +208,7 @@ def wrong(tmp_path_factory, story) -> dict[str, Path]:
         ),
         (
             "prepare.py --num_codebooks 9 --out {folder}/d",
-            "--num_codebooks must be 1 to 8 with codec tiny; got 9",
+            "--num_codebooks must be 1 to 8 for tiny; got 9",
         ),
         (
             "prepare.py --codec nowhere.safetensors --out {folder}/d",
@@ -251,7 +218,7 @@ def wrong(tmp_path_factory, story) -> dict[str, Path]:
         ("prepare.py --hours 0.001 --out {folder}/file/d", "Not a directory"),
         ("prepare.py --hours 0.001 --out {folder}/d", "nothing was prepared"),
         ("train.py --data {folder}/nowhere --out {folder}/r", "run python prepare.py"),
-        ("train.py --data {folder}/foreign --out {folder}/r", "not of format"),
+        ("train.py --data {folder}/foreign --out {folder}/r", "not of format 2"),
         (
             "train.py --data {story}/data --out {folder}/r --num_codebooks 9",
             "--num_codebooks must be 1 to 8",
@@ -280,7 +247,7 @@ def wrong(tmp_path_factory, story) -> dict[str, Path]:
         ("train.py --data {story}/data --out {story}/run", "holds a run already"),
         (
             "train.py --data {story}/data --out {story}/run --resume --num_codebooks 2",
-            "model's shape",
+            "the model in",
         ),
         ("train.py --data {story}/data --out {folder}/file/r", "Not a directory"),
         ("sample.py --run {folder}/nowhere", "is not a run"),
@@ -288,21 +255,21 @@ def wrong(tmp_path_factory, story) -> dict[str, Path]:
         ("sample.py --run {story}/run --prompt {folder}/text/0.wav", "cannot be read as audio"),
         (
             "sample.py --run {story}/run --prompt {folder}/short.wav --out {folder}/s",
-            "shorter than one frame",
+            "shorter than a frame",
         ),
         (
             "sample.py --run {story}/run --prompt {diana} --prompt_seconds 9 --out {folder}/s",
-            "more than the model's context",
+            "longer than the model's context",
         ),
         ("sample.py --run {story}/run --temperature -1", "--temperature must be at least 0"),
-        ("sample.py --run {story}/run --codec {mimi}", "is not the one that"),
+        ("sample.py --run {story}/run --codec {mimi}", "is not the one of"),
         ("sample.py --run {story}/run --out {folder}/file/s", "Not a directory"),
         ("sample.py --seconds ten", "invalid float value"),
         ("sample.py --run {story}/run --out -", "needs --stream --num_samples 1"),
         ("evaluate.py --run {folder}/nowhere", "is not a run"),
         ("evaluate.py --run {story}/run --data {folder}/nowhere", "run python prepare.py"),
         ("evaluate.py --run {story}/run --codec {mimi}", "another codec than"),
-        ("evaluate.py --run {story}/run --salmon {folder}/text", "none of SALMon's parts"),
+        ("evaluate.py --run {story}/run --pairs {folder}/text", "has no pairs"),
         ("evaluate.py --run {story}/run --trials 0", "--trials must be at least 1"),
     ],
 )
@@ -312,7 +279,7 @@ def test_a_mistake_gets_one_line_that_says_what_to_do(
     import prepare as prepare_script
     import sample as sample_script
     import train as train_script
-    from nanomimi.config import run
+    from nanomimi.config import run_script
 
     name, *argv = command.format(**wrong, diana=DIANA, mimi=random_mimi).split()
     parts = {
@@ -323,21 +290,26 @@ def test_a_mistake_gets_one_line_that_says_what_to_do(
     }
     monkeypatch.setattr("sys.argv", [name, *argv])
     with pytest.raises(SystemExit) as stop:
-        run(*parts[name])
+        run_script(*parts[name])
     assert stop.value.code == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith(f"{name}: ") and message in last, last
 
 
+def script(*words: object) -> subprocess.Popen:
+    """A script that has been started; `communicate` waits for its output."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, **pipes)
+
+
 def test_the_scripts_run_as_scripts(story, tmp_path):
-    shown = script("prepare.py", "--help")
-    assert shown.returncode == 0 and "--out" in shown.stdout
-    failed = script("sample.py", "--run", tmp_path)
-    assert (
-        failed.returncode == 2
-        and failed.stderr.startswith("sample.py: ")
-        and "Traceback" not in failed.stderr
-    )
+    help = script("prepare.py", "--help")
+    failing = script("sample.py", "--run", tmp_path)
     resumed = script("train.py", "--out", story / "run", "--resume", "--max_steps", 5)
-    assert resumed.returncode == 0, resumed.stderr
+    assert "--out" in help.communicate()[0] and help.returncode == 0
+    message = failing.communicate()[1]
+    assert failing.returncode == 2 and message.startswith("sample.py: ")
+    assert "Traceback" not in message
+    message = resumed.communicate()[1]
+    assert resumed.returncode == 0, message
     assert checkpoint.read(story / "run")["step"] == 5
