@@ -160,16 +160,22 @@ class TokenDataset:
         return lines
 
     def train_batch(
-        self, index: int, batch_size: int, max_frames: int, seed: int, rank: int = 0, ranks: int = 1
+        self,
+        index: int,
+        batch_size: int,
+        max_frames: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> Tensor:
-        """Rank's share of batch `index`: tokens (batch_size / ranks, (max_frames + 1) * Q).
+        """Rank's share of batch `index`: tokens (batch_size / world_size, (max_frames + 1) * Q).
 
         A pure function of its arguments: a resumed run sees the batches of an uninterrupted one,
         and several processes together those of one. Every epoch shows each window once, in a new
         order and at a new phase.
         """
         count, slack = self._num_windows(max_frames)
-        share, starts = batch_size // ranks, []
+        share, starts = batch_size // world_size, []
         for i in range(index * batch_size + rank * share, index * batch_size + (rank + 1) * share):
             epoch, place = divmod(i, count)
             phase, order = _epoch(seed, epoch, count, slack)
