@@ -42,7 +42,7 @@ class PrepareConfig(Config):
     split_by: Literal["file", "group"] = option("file", "hold out files, or whole speakers")
     hours: float = option(4.0, "hours of counting to compose from the bundled digits", above=0)
     seed: int = option(0, "seed of the split, the order and the composed digits", at_least=0)
-    device: str = option("auto", "auto, cpu or cuda")
+    device: str = option("auto", "auto, cpu, cuda or mps")
 
 
 class Recording(NamedTuple):

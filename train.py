@@ -25,7 +25,7 @@ from tqdm import tqdm
 from nanomimi import checkpoint
 from nanomimi.config import Config, option, parse, run_script
 from nanomimi.data import SPLITS, TokenDataset
-from nanomimi.distributed import init_processes, resolve_device, resolve_dtype
+from nanomimi.distributed import compile_model, init_processes, resolve_device, resolve_dtype
 from nanomimi.llama import LlamaConfig
 from nanomimi.lm import summarize
 
@@ -59,7 +59,7 @@ class TrainConfig(Config):
     weight_decay: float = option(0.1, "AdamW's weight decay, on matrices only", at_least=0)
     grad_clip: float = option(1.0, "largest norm of the gradient", above=0)
     seed: int = option(0, "seed of the weights and of the order of the data", at_least=0)
-    device: str = option("auto", "auto, cpu or cuda")
+    device: str = option("auto", "auto, cpu, cuda or mps")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "auto: the faster one")
     compile: bool | None = option(None, "compile the model; default: on a GPU only")
     log_every: int = option(20, "steps between log lines", at_least=1)
@@ -99,9 +99,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
         log = Log(config.out / "log.jsonl", start, silent=rank > 0)
         size = sum(p.numel() for p in model.parameters())
         log.say(f"{size / 1e6:.2f}M parameters, {device}, {dtype}, processes: {world_size}")
-        if config.compile or (config.compile is None and device.type == "cuda"):
-            model.compile()  # in place, so that the names of the weights stay the same
         parallel = DistributedDataParallel(model) if world_size > 1 else model
+        if config.compile or (config.compile is None and device.type == "cuda"):
+            shape = config.batch_size // world_size, (config.max_frames + 1) * config.num_codebooks
+            tokens = torch.zeros(shape, dtype=torch.long, device=device)
+            log.say(compile_model(model, parallel, tokens, autocast))
 
         results: dict[str, Any] = {}
         frames_per_step = config.grad_accum * config.batch_size * config.max_frames
@@ -118,6 +120,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 tokens = train_set.train_batch(
                     index, config.batch_size, config.max_frames, config.seed, rank, world_size
                 )
+                if device.type == "cuda":  # a copy from pinned memory does not wait for the GPU
+                    tokens = tokens.pin_memory().to(device, non_blocking=True)
                 # Processes average their gradients once a step, in its last backward pass.
                 alone = world_size == 1 or last
                 with contextlib.nullcontext() if alone else parallel.no_sync():
@@ -139,7 +143,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 log.say("", **line, gradient_norm=norm.item(), tokens_per_second=rate)
                 bar.set_postfix_str(f"loss {line['loss']:.3f} nats/token, {rate:,.0f} tokens/s")
             if done % config.eval_every == 0 or finished:
-                with autocast:
+                # Without gradients the model would be compiled a second time.
+                with autocast, torch.compiler.set_stance("force_eager"):
                     results = validate(model, val_batches, train_set.meta)
                 codebooks = " ".join(f"{nats:.2f}" for nats in results["nats_per_codebook"])
                 units = "{nats_per_token:.3f} nats/token, {bits_per_second:.0f} bit/s"

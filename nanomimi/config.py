@@ -55,7 +55,7 @@ def run_script(config: type[C], main: Callable[[C], Any], doc: str | None = None
     """A script's last line: parse, call `main`, print errors that a user can fix as one line."""
     try:
         main(parse(config, doc=doc))
-    except (ValueError, OSError, KeyboardInterrupt) as error:
+    except (ValueError, OSError, NotImplementedError, KeyboardInterrupt) as error:
         print(f"{Path(sys.argv[0]).name}: {str(error) or 'interrupted'}", file=sys.stderr)
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
 

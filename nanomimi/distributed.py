@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 
 def resolve_device(name: str) -> torch.device:
@@ -46,13 +47,18 @@ def init_processes(device: torch.device) -> Iterator[Processes]:
         dist.destroy_process_group()
 
 
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 where the device multiplies matrices clearly faster in it."""
+def resolve_dtype(name: str, device: torch.device, measure: bool = True) -> torch.dtype:
+    """`auto`: bfloat16 where the device multiplies matrices clearly faster in it.
+
+    With `measure` false, only on a GPU: float32 gives the same numbers on every CPU.
+    """
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if fast else torch.float32
+    if device.type != "cpu" or not measure:
+        return torch.float32
     # CPUs are measured: with matrix instructions bfloat16 wins, without them it may lose tenfold.
     seconds = {dtype: math.inf for dtype in (torch.float32, torch.bfloat16)}
     for _ in range(30):
@@ -65,3 +71,24 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if dist.is_initialized():
         dist.broadcast_object_list(fast)  # processes of one run must agree
     return torch.bfloat16 if fast[0] else torch.float32
+
+
+def compile_model(
+    model: nn.Module, parallel: nn.Module, tokens: Tensor, autocast: torch.autocast
+) -> str:
+    """Compile `model` in place by a first pass of `parallel`, which may be DDP's wrapper of it.
+
+    Where that fails, the model stays eager; returns a line that says so.
+    """
+    model.compile()  # in place, so that the names of the weights stay the same
+    try:
+        with getattr(parallel, "no_sync", contextlib.nullcontext)():
+            with autocast:
+                nats = parallel(tokens)
+            nats.mean().backward()
+        return ""
+    except RuntimeError as error:  # dynamo's and inductor's are; if the model's, it comes again
+        model.compile(disable=True)
+        return f"training without compilation ({' '.join(str(error).split())[:120]})"
+    finally:
+        model.zero_grad(set_to_none=True)
