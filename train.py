@@ -88,7 +88,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         device, rank, world_size = processes
         dtype = resolve_dtype(config.dtype, device)
         # Autocast computes products in bfloat16; weights and the residual stream stay in float32.
-        autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype != torch.float32)
         train_set, val_batches = load_data(config, world_size)
         run = describe(config, train_set.meta, dtype)
 
