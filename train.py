@@ -103,7 +103,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         if config.compile or (config.compile is None and device.type == "cuda"):
             shape = config.batch_size // world_size, (config.max_frames + 1) * config.num_codebooks
             tokens = torch.zeros(shape, dtype=torch.long, device=device)
-            log.say(compile_model(model, parallel, tokens, autocast))
+            compile_model(model, parallel, tokens, autocast)
 
         results: dict[str, Any] = {}
         frames_per_step = config.grad_accum * config.batch_size * config.max_frames
@@ -143,8 +143,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 log.say("", **line, gradient_norm=norm.item(), tokens_per_second=rate)
                 bar.set_postfix_str(f"loss {line['loss']:.3f} nats/token, {rate:,.0f} tokens/s")
             if done % config.eval_every == 0 or finished:
-                # Without gradients the model would be compiled a second time.
-                with autocast, torch.compiler.set_stance("force_eager"):
+                with autocast, torch.compiler.set_stance("force_eager"):  # compile training alone
                     results = validate(model, val_batches, train_set.meta)
                 codebooks = " ".join(f"{nats:.2f}" for nats in results["nats_per_codebook"])
                 units = "{nats_per_token:.3f} nats/token, {bits_per_second:.0f} bit/s"

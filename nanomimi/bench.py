@@ -1,8 +1,8 @@
 """Speed and memory of the models and the codec: python -m nanomimi.bench [--reference hf]
 
-On a CPU the rows of a table are timed round-robin, so their ratios are meaningful on a noisy machine.
-A GPU is quiet, but its memory may hold one model only: there rows are timed one after another.
-Numbers are medians. MFU is the share of the rate at which a large matrix product runs.
+Rows of a table are timed round-robin, so ratios to the first row are meaningful on a noisy machine;
+on a GPU, whose memory may hold one model only, one after another. Numbers are medians. MFU is the
+share of the rate at which a large matrix product runs.
 """
 
 import math
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 from typing import Any, Literal
 
 import torch
@@ -35,7 +35,7 @@ SHAPES = [  # device, name, batch size, tied; for all models Llama, codebooks, c
     ("cuda", "1.0B", 8, False, LlamaConfig(16, 32, 8, 2048, 8192, 500000.0), 4, 2048, 256),
 ]
 # TFLOP/s of dense bfloat16 products on the data sheets.
-PEAKS = {"H100 PCIe": 756, "H100 80GB": 989, "H200": 989, "A100": 312, "4090": 165, "3090": 71}
+PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "4090": 165, "": math.nan}
 
 
 @dataclass(frozen=True)
@@ -79,23 +79,16 @@ def interleave(turns: dict[str, Turn], rounds: int) -> dict[str, dict[str, float
             seen[name].append(next(turns[name], None))  # None after an error
         except (RuntimeError, ImportError) as error:  # no memory, no compiler, no transformers
             print(f"{name} is left out: {str(error).splitlines()[0]}")
-    for turn in turns.values():
-        turn.close()  # frees the model
     median = lambda rows: {k: statistics.median(row[k] for row in rows[1:]) for k in rows[0]}
     return {name: median(rows) for name, rows in seen.items() if None not in rows}
 
 
 def seconds(*works: Callable[[], Any], repeat: int = 1) -> list[float]:
-    """Wall time of a call of each work; a GPU is waited for after `repeat` calls, not after each."""
-    wait, times = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None, []
-    for work in works:
-        wait()
-        start = time.perf_counter()
-        for _ in range(repeat):
-            work()
-        wait()
-        times.append((time.perf_counter() - start) / repeat)
-    return times
+    """Wall time of a call of each work; the device is waited for after `repeat` calls."""
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+    often = lambda work: [work() for _ in range(repeat)]
+    times = [(often(work), wait(), time.perf_counter())[-1] for work in (wait, *works)]
+    return [(end - start) / repeat for start, end in pairwise(times)]
 
 
 def training_flops(model: nn.Module, tokens: Tensor) -> int:
@@ -107,22 +100,18 @@ def training_flops(model: nn.Module, tokens: Tensor) -> int:
     return len(tokens) * counter.get_total_flops()
 
 
-def saved_bytes(forward: Callable[[Tensor], Tensor], tokens: Tensor, kept: list[Tensor]) -> int:
-    """What a forward pass keeps for the backward pass, `kept` included."""
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        forward(tokens)
-    return sum({s.data_ptr(): s.nbytes() for s in (x.untyped_storage() for x in kept)}.values())
-
-
 def training_step(make: partial, tokens: Tensor, square: Tensor, compiled: bool) -> Turn:
     """Forward, backward, clipping and fused AdamW; products have the dtype of `square`."""
     model, dtype, gpu = make().to(tokens.device), square.dtype, tokens.is_cuda
     cast = torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32)
     forward = cast(torch.compile(model, dynamic=False, disable=not compiled))
-    flops, size = training_flops(model, tokens), sum(p.numel() for p in model.parameters())
-    # On a CPU: gradients and moments; weights and what is saved.
-    memory = 0 if gpu else 12 * size + saved_bytes(forward, tokens, [*model.parameters()])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    flops, kept = training_flops(model, tokens), list(model.parameters())
+    size, optimizer = sum(p.numel() for p in kept), torch.optim.AdamW(kept, lr=1e-4, fused=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        cast(model)(tokens)
+    storages = {s.data_ptr(): s.nbytes() for s in (x.untyped_storage() for x in kept)}
+    memory = 12 * size + sum(storages.values())  # gradients, moments; weights, saved for backward
+    kept.clear()
 
     def step() -> None:
         forward(tokens).mean().backward()
@@ -135,9 +124,8 @@ def training_step(make: partial, tokens: Tensor, square: Tensor, compiled: bool)
         row = {"ms": 1e3 * t, "k tokens/s": tokens.numel() / t / 1e3, "M weights": size / 1e6}
         row["% MFU"] = 100 * flops / t * product / (2 * len(square) ** 3)
         if gpu:
-            name, memory = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
-            peak = next((peak for part, peak in PEAKS.items() if part in name), math.nan)
-            row["% of data sheet"] = flops / t / 1e10 / peak
+            memory, name = torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()
+            row["% of peak"] = flops / t / 1e10 / next(p for n, p in PEAKS.items() if n in name)
         yield row | {"GB": memory / 1e9}
 
 
@@ -182,8 +170,8 @@ def tables(config: BenchConfig, device: torch.device) -> Iterator[tuple[str, dic
         for dtype, compiled in product(dtypes, (False, True)[: 1 + (gpu or config.compile)]):
             square = torch.randn(2 * [8192 if gpu else 1536], dtype=dtype, device=device)
             turns = {k: training_step(m, tokens, square, compiled) for k, m in models.items()}
-            how = f"{label}, batch {batch_size}, {str(dtype)[6:]}{', compiled' * compiled}"
-            yield f"training, {how}; ms a step", turns
+            how = f"batch {batch_size}, {str(dtype)[6:]}{', compiled' * compiled}"
+            yield f"training, {label}, {how}; ms a step", turns
         del models["joint_softmax"]  # per token it generates as FlatLM does
         for rows in (1, 8):
             prompt = tokens.new_zeros(rows, sizes[1], 1)
@@ -196,27 +184,29 @@ def tables(config: BenchConfig, device: torch.device) -> Iterator[tuple[str, dic
         yield f"codec, batch {rows}; ms a streamed frame", turns
 
 
-def hardware(device: torch.device) -> str:
+def describe(device: torch.device) -> str:
     """The CPU's threads, or the GPU's name and the rates of a large product and a large copy."""
     if device.type != "cuda":
         return f"CPU, {torch.get_num_threads()} threads"
-    a, b = (torch.ones(n, dtype=torch.bfloat16, device=device) for n in ((8192, 8192), (2, 2**29)))
-    for _ in range(2):  # the first time is a warm-up
-        t, copy = seconds(lambda: a @ a, lambda: b[0].copy_(b[1]), repeat=20)
-    rates = f"{2 * len(a) ** 3 / t / 1e12:.0f} TFLOP/s in bfloat16, {b.nbytes / copy / 1e12:.2f} TB/s"
+    a, b = (torch.ones(n, 8192, dtype=torch.bfloat16, device=device) for n in (8192, 131072))
+    works = (lambda: a @ a), (lambda: b[::2].copy_(b[1::2]))
+    t, copy = [seconds(*works, repeat=20) for _ in range(2)][1]  # the first time is a warm-up
+    rates = f"{2 * len(a) ** 3 / t / 1e12:.0f} TFLOP/s, {b.nbytes / copy / 1e9:,.0f} GB/s copied"
     return f"{torch.cuda.get_device_name()}, {rates}"
 
 
 def bench(config: BenchConfig) -> None:
     """Measure and print."""
     device = resolve_device(config.device)
-    print(hardware(device))
+    print(describe(device))
     for title, turns in tables(config, device):
         if config.part in ("all", title.split(",")[0]):
             print(f"\n{title}")
             torch.compiler.reset()
-            groups = [dict([turn]) for turn in turns.items()] if device.type == "cuda" else [turns]
-            rows = {k: row for some in groups for k, row in interleave(some, config.rounds).items()}
+            alone = ({name: turns.pop(name)} for name in [*turns])
+            rows = {}
+            for some in alone if device.type == "cuda" else [turns]:
+                rows |= interleave(some, config.rounds)
             for name, row in rows.items():
                 row["x time"] = row["ms"] / next(iter(rows.values()))["ms"]
                 shown = (f"{x:>8,.4g} {unit}".replace("nan", "  -") for unit, x in row.items())

@@ -58,13 +58,7 @@ def _graph(llama: Llama, cache: KVCache, position: Tensor, x: Tensor) -> Step:
             llama.forward_at(position, cache.mask(position), x, cache)
         with torch.cuda.graph(graph, stream=stream):  # first waits for all streams
             y = llama.forward_at(position, cache.mask(position), x, cache)
-
-    def step(_: Tensor, new: Tensor) -> Tensor:
-        x.copy_(new)
-        graph.replay()
-        return y
-
-    return step
+    return lambda _, new: (x.copy_(new), graph.replay(), y)[-1]
 
 
 # A trace holds no tensors, so one trace serves all models of a shape and all batch sizes. Recording

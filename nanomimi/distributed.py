@@ -75,20 +75,13 @@ def resolve_dtype(name: str, device: torch.device, measure: bool = True) -> torc
 
 def compile_model(
     model: nn.Module, parallel: nn.Module, tokens: Tensor, autocast: torch.autocast
-) -> str:
-    """Compile `model` in place by a first pass of `parallel`, which may be DDP's wrapper of it.
-
-    Where that fails, the model stays eager; returns a line that says so.
-    """
+) -> None:
+    """Compile `model` in place by a first pass through `parallel`, or say why it stays eager."""
     model.compile()  # in place, so that the names of the weights stay the same
     try:
-        with getattr(parallel, "no_sync", contextlib.nullcontext)():
-            with autocast:
-                nats = parallel(tokens)
-            nats.mean().backward()
-        return ""
-    except RuntimeError as error:  # dynamo's and inductor's are; if the model's, it comes again
+        with getattr(parallel, "no_sync", contextlib.nullcontext)(), autocast:
+            parallel(tokens).mean().backward()
+    except RuntimeError as error:  # dynamo's and inductor's are; the model's own would come again
         model.compile(disable=True)
-        return f"training without compilation ({' '.join(str(error).split())[:120]})"
-    finally:
-        model.zero_grad(set_to_none=True)
+        print(f"training is not compiled ({' '.join(str(error).split())[:120]})")
+    model.zero_grad(set_to_none=True)

@@ -224,10 +224,9 @@ class Llama(nn.Module):
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """Embeddings (B, N, C) -> hidden states (B, N, C). With a cache, x continues it."""
-        start = 0 if cache is None else cache.length
-        index = torch.arange(start, start + x.shape[1], device=x.device)
         if cache is None:
-            return self.forward_at(index, None, x, None)
+            return self.forward_at(torch.arange(x.shape[1], device=x.device), None, x, None)
+        index = torch.arange(cache.length, cache.length + x.shape[1], device=x.device)
         cache.length += x.shape[1]
         return self.forward_at(index, cache.mask(index), x, cache)
 

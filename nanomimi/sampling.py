@@ -20,9 +20,8 @@ def make_sampler(
             return logits.argmax(dim=-1)
         probabilities = torch.softmax(logits / temperature, dim=-1)
         probabilities = keep_top_p(keep_top_k(probabilities, top_k), top_p)
-        # An exponential race draws as multinomial does, in fewer kernels.
         noise = torch.empty_like(probabilities).exponential_(generator=generator)
-        return (probabilities / noise).argmax(dim=-1)
+        return (probabilities / noise).argmax(dim=-1)  # as multinomial draws, in fewer kernels
 
     return sample_token
 
