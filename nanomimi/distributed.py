@@ -61,12 +61,14 @@ def resolve_dtype(name: str, device: torch.device, measure: bool = True) -> torc
         return torch.float32
     # CPUs are measured: with matrix instructions bfloat16 wins, without them it may lose tenfold.
     seconds = {dtype: math.inf for dtype in (torch.float32, torch.bfloat16)}
-    for _ in range(30):
+    for i in range(30):
         for dtype in seconds:  # in turns, so that other work on the machine disturbs both alike
             a = torch.ones(512, 512, dtype=dtype, device=device)
             start = time.perf_counter()
             a @ a
             seconds[dtype] = min(seconds[dtype], time.perf_counter() - start)
+        if i > 2 and seconds[torch.bfloat16] > 3 * seconds[torch.float32]:
+            break  # all thirty products would take ten seconds here
     fast = [seconds[torch.float32] > 1.3 * seconds[torch.bfloat16]]
     if dist.is_initialized():
         dist.broadcast_object_list(fast)  # processes of one run must agree

@@ -1,21 +1,21 @@
 """Weights from and for transformers. The oracle is tests/golden, which make_golden.py wrote."""
 
-import http.server
+import fnmatch
 import json
 import shutil
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 import torch
 from huggingface_hub import constants
-from huggingface_hub.utils import reset_sessions
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
 import train as train_script
-from nanomimi import checkpoint
+from nanomimi import checkpoint, weights
 from nanomimi.config import run_script
 from nanomimi.data import read_meta
 from nanomimi.evaluate.__main__ import EvaluateConfig, evaluate
@@ -209,7 +209,7 @@ def test_what_contradicts_the_weights_is_refused_in_one_line(
     meta = json.loads((other / "meta.json").read_text())
     (other / "meta.json").write_text(json.dumps(meta | {"codec_sha256": "another"}))
     places = dict(llama=GOLDEN / "llama", run=imported, other=other)
-    given = dict(data=random_data, out=tmp_path / "out") | words
+    given = dict(data=random_data, out=tmp_path / "out", max_frames=6) | words
     given = {k: v.format(**places) if isinstance(v, str) else v for k, v in given.items()}
     switches = ["--resume"] if given.pop("resume", False) else []
     switches += ["--tied"] if given.pop("tied", False) else []
@@ -332,85 +332,56 @@ def test_what_cannot_be_converted_is_refused_in_one_line(
     assert stop.value.code == 2 and message in last and not (tmp_path / "r").exists(), last
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub as a download needs, with tests/golden/llama as its one open repository."""
-
-    asked: list[str] = []
-
-    def do_GET(self) -> None:
-        self.asked.append(self.path)
-        if self.path.startswith("/api/models/a/missing"):
-            return self.answer(404, {"X-Error-Code": "RepoNotFound"})
-        names = [path.name for path in (GOLDEN / "llama").iterdir()] + ["pytorch_model.bin"]
-        if self.path.startswith("/api/"):
-            siblings = [{"rfilename": name} for name in names]
-            return self.answer(200, {}, json.dumps({"id": "a/b", "sha": "0" * 40, "siblings": siblings}))
-        if "/gated/" in self.path:
-            return self.answer(403, {"X-Error-Code": "GatedRepo"})
-        name = self.path.split("/")[-1]
-        headers = {"ETag": f'"{name}"', "X-Repo-Commit": "0" * 40}
-        self.answer(200, headers, (GOLDEN / "llama" / name).read_bytes())
-
-    do_HEAD = do_GET
-
-    def answer(self, status: int, headers: dict[str, str], body: str | bytes = b"") -> None:
-        body = body.encode() if isinstance(body, str) else body
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 @pytest.fixture
-def hub(tmp_path, monkeypatch) -> Iterator[pytest.MonkeyPatch]:
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    template = address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+def hub(tmp_path, monkeypatch) -> Path:
+    """The hub is offline; returns its cache, which holds tests/golden/llama as a/llama."""
+    snapshot = tmp_path / "cache" / "models--a--llama" / "snapshots" / ("0" * 40)
+    shutil.copytree(GOLDEN / "llama", snapshot)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    reset_sessions()
-    yield monkeypatch
-    monkeypatch.undo()
-    reset_sessions()
-    server.shutdown()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return snapshot
 
 
-def test_a_llama_on_the_hub_is_downloaded_once_and_without_pickled_weights(hub):
+def test_a_llama_that_was_downloaded_is_read_offline_by_its_name_on_the_hub(hub):
     expected = read_model(str(GOLDEN / "llama"))
+    assert read_model("a/llama") == expected
     model = {"arch": "flat", **SIZES, "options": {}, **expected}
     lm, _ = start({"model": model}, "a/llama", CPU)
-    weights = start_from(GOLDEN / "llama").backbone.state_dict()
-    for name, weight in lm.backbone.state_dict().items():
-        assert torch.equal(weight, weights[name])
-    assert any(path.endswith("model.safetensors") for path in Hub.asked)
-    assert not any(path.endswith((".bin", "expected.safetensors")) for path in Hub.asked)
-    hub.setattr(constants, "HF_HUB_OFFLINE", True)
-    reset_sessions()
-    Hub.asked.clear()
-    assert read_model("a/llama") == expected and not Hub.asked
+    for name, weight in start_from(GOLDEN / "llama").backbone.state_dict().items():
+        assert torch.equal(weight, lm.backbone.state_dict()[name])
+
+
+def test_pickled_weights_are_not_even_downloaded(monkeypatch):
+    names = ["pytorch_model.bin", "model.safetensors", "tokenizer.json", "training.pt", "a.pkl"]
+    taken = []
+
+    def download(source: str, allow_patterns: list[str]) -> str:
+        taken.extend(n for n in names if any(fnmatch.fnmatch(n, p) for p in allow_patterns))
+        return str(GOLDEN / "llama")
+
+    monkeypatch.setattr(weights, "snapshot_download", download)
+    read_model("a/llama")
+    assert taken == ["model.safetensors", "tokenizer.json"]
+
+
+@pytest.mark.parametrize("error", [RepositoryNotFoundError, GatedRepoError, ConnectionError])
+def test_what_the_hub_does_not_give_is_refused_in_one_line(error, monkeypatch):
+    def download(source: str, allow_patterns: list[str]) -> str:
+        response = {} if error is ConnectionError else {"response": requests.Response()}
+        raise error("no\nsuch thing", **response)
+
+    monkeypatch.setattr(weights, "snapshot_download", download)
+    with pytest.raises(ValueError, match=f"a/b .*{error.__name__}: no such.*hf auth login") as got:
+        read_model("a/b")
+    assert "\n" not in str(got.value)
 
 
 @pytest.mark.parametrize(
-    "name, offline, reason",
-    [
-        ("a/missing", False, "RepositoryNotFoundError"),
-        ("a/gated", False, "GatedRepoError"),
-        ("a/llama", True, "LocalEntryNotFoundError"),
-        ("no/name/at/all", False, "HFValidationError"),
-    ],
+    "name, reason", [("a/b", "LocalEntryNotFoundError"), ("no/name/at/all", "HFValidationError")]
 )
-def test_what_the_hub_does_not_give_is_refused_in_one_line(name, offline, reason, hub):
-    hub.setattr(constants, "HF_HUB_OFFLINE", offline)
-    reset_sessions()
-    with pytest.raises(ValueError) as error:
+def test_a_name_that_is_not_cached_is_refused_offline(name, reason, hub):
+    with pytest.raises(ValueError, match=f"{name} .*{reason}.*hf auth login") as error:
         read_model(name)
-    text = str(error.value)
-    assert text.startswith(name) and reason in text and "hf auth login" in text and "\n" not in text
+    assert "\n" not in str(error.value)
