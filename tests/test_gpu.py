@@ -143,9 +143,8 @@ def test_scoring_and_a_decoding_step_are_captured_as_one_graph(arch):
     # With the fixed shapes of a GPU; the device meta has no values that a step could depend on.
     llama = model.backbone.to("meta")
     cache = KVCache(llama.config, 1, 8, like=llama.norm.weight)
-    step = torch.compile(
-        lambda at, x: llama.forward_at(at, cache.mask(at), x, cache), fullgraph=True, backend="eager"
-    )
+    forward = lambda at, x: llama.forward_at(at, cache.mask(at), x, cache)
+    step = torch.compile(forward, fullgraph=True, backend="eager")
     at, x = torch.zeros(1, dtype=torch.long, device="meta"), torch.zeros(1, 1, 32, device="meta")
     assert step(at, x).shape == (1, 1, 32)
 
