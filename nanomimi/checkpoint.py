@@ -37,12 +37,13 @@ def build(model: dict[str, Any]) -> LanguageModel:
 
 
 def save(
-    folder: Path, step: int, model: LanguageModel, optimizer: Optimizer, run: dict[str, Any]
+    folder: Path, step: int, model: LanguageModel, optimizer: Optimizer | None, run: dict[str, Any]
 ) -> None:
     """Write a checkpoint. `run` has the entries "model" (see build), "config" and "data"."""
     previous = read(folder)["step"] if (folder / "run.json").exists() else step
     _save_tensors(model.state_dict(), _path(folder, "model", step))
-    _save_tensors(_moments(model, optimizer), _path(folder, "optimizer", step))
+    if optimizer is not None:  # imported weights have none
+        _save_tensors(_moments(model, optimizer), _path(folder, "optimizer", step))
     new = folder / "run.json.tmp"
     new.write_text(json.dumps({"format": FORMAT, "step": step, **run}, indent=1) + "\n")
     new.replace(folder / "run.json")

@@ -41,12 +41,13 @@ class Config:
 
 
 def parse(config: type[C], argv: list[str] | None = None, doc: str = "", defaults: Any = None) -> C:
-    """Command line -> configuration. `defaults` replaces the defaults of fields."""
+    """Command line -> configuration. `defaults` replaces the defaults of those that are fields."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=_Help, allow_abbrev=False)
     for f in fields(config):
         _add(parser, f)
     # argparse passes a string default through the flag's type: text from JSON becomes a Path.
-    parser.set_defaults(**defaults or {})
+    names = {f.name for f in fields(config)}
+    parser.set_defaults(**{k: v for k, v in (defaults or {}).items() if k in names})
     values = vars(parser.parse_args(argv))
     return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 

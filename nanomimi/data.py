@@ -78,13 +78,13 @@ class DatasetWriter:
             if kind is None:
                 raise ValueError(f"nothing was prepared: no utterance for {' or '.join(empty)}")
             return
-        self._new("meta.json").write_text(json.dumps(self._meta(), indent=1) + "\n")
+        self._new("meta.json").write_text(json.dumps(self.meta(), indent=1) + "\n")
         # meta.json goes first and comes last, so an interrupted replacement is not taken for data.
         (self.out / "meta.json").unlink(missing_ok=True)
         for name in names:
             self._new(name).replace(self.out / name)
 
-    def _meta(self) -> dict[str, Any]:
+    def meta(self) -> dict[str, Any]:
         copied = "num_codebooks codebook_size frame_rate sample_rate".split()
         counts = lambda split: {"utterances": self.utterances[split], "frames": self.frames[split]}
         return {

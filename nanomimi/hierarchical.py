@@ -30,7 +30,7 @@ def csm_depth(config: LlamaConfig, **changes: int) -> LlamaConfig:
     CSM-1B: 16 layers, width 2048, 32 heads, hidden 8192; depth decoder 4, 1024, 8 and 8192.
     """
     shape = {"n_layer": max(1, config.n_layer // 4), "n_head": max(1, config.n_head // 4)}
-    shape |= {"n_embd": config.n_embd // 2, **changes}
+    shape |= {"n_embd": config.n_embd // 2, "head_dim": None, **changes}
     shape["n_kv_head"] = max(1, shape["n_head"] * config.n_kv_head // config.n_head)
     try:
         return replace(config, **shape)

@@ -37,10 +37,12 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
+    head_dim: int | None = None  # default: n_embd / n_head
 
     def __post_init__(self) -> None:
+        head_dim = self.head_dim or self.n_embd / self.n_head
         # RoPE rotates pairs of dimensions, so a head needs an even number of them.
-        if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
+        if head_dim % 2:
             raise ValueError(
                 f"--n_embd must be --n_head times an even number; got {self.n_embd}, {self.n_head}"
             )
@@ -48,10 +50,7 @@ class LlamaConfig:
             raise ValueError(
                 f"--n_head must be a multiple of --n_kv_head; got {self.n_head}, {self.n_kv_head}"
             )
-
-    @property
-    def head_dim(self) -> int:
-        return self.n_embd // self.n_head
+        object.__setattr__(self, "head_dim", int(head_dim))  # the dataclass is frozen
 
 
 class KVCache:
@@ -145,11 +144,11 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
-        kv_width = config.n_kv_head * config.head_dim
-        self.q_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        width, kv_width = (n * config.head_dim for n in (config.n_head, config.n_kv_head))
+        self.q_proj = nn.Linear(config.n_embd, width, bias=False)
         self.k_proj = nn.Linear(config.n_embd, kv_width, bias=False)
         self.v_proj = nn.Linear(config.n_embd, kv_width, bias=False)
-        self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.o_proj = nn.Linear(width, config.n_embd, bias=False)
 
     def forward(self, x: Tensor, positions: Positions, cache: KVCache | None) -> Tensor:
         # Both h and d are given, so that a recorded step (decode.py) need not compute one of them.
