@@ -19,7 +19,7 @@ def resolve_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0][:100]
         raise ValueError(f"--device {name} cannot be used ({reason}); try --device cpu") from None
 
 

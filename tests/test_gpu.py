@@ -9,7 +9,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanomimi import decode
 from nanomimi.checkpoint import MODELS
 from nanomimi.codec import Codec
 from nanomimi.distributed import resolve_device, resolve_dtype
@@ -143,9 +142,8 @@ def test_scoring_and_a_decoding_step_are_captured_as_one_graph(arch):
     # With the fixed shapes of a GPU; the device meta has no values that a step could depend on.
     llama = model.backbone.to("meta")
     cache = KVCache(llama.config, 1, 8, like=llama.norm.weight)
-    step = torch.compile(
-        lambda at, x: llama.forward_at(at, cache.mask(at), x, cache), fullgraph=True, backend="eager"
-    )
+    forward = lambda at, x: llama.forward_at(at, cache.mask(at), x, cache)
+    step = torch.compile(forward, fullgraph=True, backend="eager")
     at, x = torch.zeros(1, dtype=torch.long, device="meta"), torch.zeros(1, 1, 32, device="meta")
     assert step(at, x).shape == (1, 1, 32)
 
@@ -175,23 +173,19 @@ def refuse(*_, **__) -> None:
     raise RuntimeError("the driver is too old\nand more")
 
 
-def test_a_recording_that_fails_says_so_in_one_line_and_stops_nobody(model, monkeypatch, capsys):
+@pytest.mark.parametrize("arch", MODELS)
+def test_a_recording_that_fails_says_so_in_one_line_and_stops_nobody(arch, monkeypatch, capsys):
     prompt = torch.zeros(1, 3, 2, dtype=torch.long)
-    recorded = torch.stack(list(model.generate(prompt, 4, greedy)))
+    model = small_model(arch, 3, max_frames=8, n_hidden=56)  # a shape that was not traced before
     monkeypatch.setattr(torch.jit, "trace", refuse)
-    monkeypatch.setattr(decode, "_traces", {})
-    eager = torch.stack(list(model.generate(prompt, 4, greedy)))
-    assert torch.equal(recorded, eager)
+    unrecorded = torch.stack(list(model.generate(prompt, 4, greedy, replay=False)))
+    assert capsys.readouterr().err == ""  # nothing was tried
+    refused = torch.stack(list(model.generate(prompt, 4, greedy)))
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "the driver is too old" in said and "more" not in said
-
-
-def test_without_replay_nothing_is_recorded(model, monkeypatch, capsys):
-    prompt = torch.zeros(1, 3, 2, dtype=torch.long)
+    monkeypatch.undo()
     recorded = torch.stack(list(model.generate(prompt, 4, greedy)))
-    monkeypatch.setattr(decode, "_traces", {})
-    eager = torch.stack(list(model.generate(prompt, 4, greedy, replay=False)))
-    assert torch.equal(recorded, eager) and not decode._traces
+    assert torch.equal(unrecorded, refused) and torch.equal(unrecorded, recorded)
 
 
 def test_a_compilation_that_fails_trains_as_without_it(random_data, tmp_path, monkeypatch, capsys):
