@@ -100,7 +100,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         model, started = weights.start(run, source, device)
         optimizer = make_optimizer(model, config)
         start = resume(config, run, model, optimizer)
-        log = Log(config.out / "log.jsonl", start, silent=rank > 0)
+        log = checkpoint.Log(config.out / "log.jsonl", start, silent=rank > 0)
         size = sum(p.numel() for p in model.parameters())
         about = f"{size / 1e6:.2f}M parameters{started}, {device}, {dtype}"
         log.say(f"{about}, processes: {world_size}")
@@ -195,9 +195,9 @@ def describe(config: TrainConfig, meta: dict[str, Any], dtype: torch.dtype) -> d
     )
     # norm_eps, head_dim and RoPE scaling have no flag: they come with the weights to start from.
     source = config.out if config.resume else config.init_from
-    llama = (weights.read_model(source)["llama"] if source else asdict(LlamaConfig(**llama))) | llama
+    given_by = weights.read_model(source)["llama"] if source else asdict(LlamaConfig(**llama))
     model = {name: getattr(config, name) for name in ("arch", "num_codebooks", "max_frames")}
-    model |= {"codebook_size": meta["codebook_size"], "llama": llama, "options": given}
+    model |= {"codebook_size": meta["codebook_size"], "llama": given_by | llama, "options": given}
     # The dtype that auto chose is saved, so that a resumed run cannot choose another.
     settings = asdict(replace(config, dtype=str(dtype).removeprefix("torch.")))
     return {"model": model, "config": json.loads(json.dumps(settings, default=str)), "data": meta}
@@ -231,32 +231,13 @@ def resume(
     return saved["step"]
 
 
-class Log:
-    """Lines above the progress bar and in log.jsonl, from the first process alone."""
-
-    def __init__(self, path: Path, start: int, silent: bool) -> None:
-        self.path, self.silent = path, silent
-        if not silent:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # Steps that were logged after the last checkpoint will be done again.
-            lines = path.read_text().splitlines() if start else []
-            kept = [line for line in lines if json.loads(line)["step"] <= start]
-            path.write_text("".join(f"{line}\n" for line in kept))
-
-    def say(self, text: str, **line: Any) -> None:
-        """Print text, if any; write the line, if any, to log.jsonl."""
-        if not self.silent:
-            tqdm.write(text, end="\n" if text else "")
-            with open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n" if line else "")
-
-
 def main(config: TrainConfig) -> None:
     if config.resume:
         run = checkpoint.read(config.out)
         if not run["step"]:
             raise ValueError(f"{config.out} is not trained; use --init_from {config.out} and --out")
-        saved = {**run["config"], "data": [Path(path) for path in run["config"]["data"]], "resume": True}
+        saved = {**run["config"], "resume": True}
+        saved["data"] = [Path(path) for path in saved["data"]]
         config = parse(TrainConfig, doc=__doc__, defaults=saved)
     elif config.init_from:
         saved = weights.read_model(config.init_from)

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
+from tqdm import tqdm
 
 from nanomimi.data import read_json
 from nanomimi.flat import FlatLM
@@ -75,6 +76,26 @@ def load_optimizer(folder: Path, step: int, model: LanguageModel, optimizer: Opt
         # Cloned: a loaded tensor may be a view of the file, and the optimizer writes into it.
         keys = ("step", "exp_avg", "exp_avg_sq")
         optimizer.state[parameter] = {key: moments[f"{name}.{key}"].clone() for key in keys}
+
+
+class Log:
+    """Lines above the progress bar and in log.jsonl, from the first process alone."""
+
+    def __init__(self, path: Path, start: int, silent: bool) -> None:
+        self.path, self.silent = path, silent
+        if not silent:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Steps that were logged after the last checkpoint will be done again.
+            lines = path.read_text().splitlines() if start else []
+            kept = [line for line in lines if json.loads(line)["step"] <= start]
+            path.write_text("".join(f"{line}\n" for line in kept))
+
+    def say(self, text: str, **line: Any) -> None:
+        """Print text, if any; write the line, if any, to log.jsonl."""
+        if not self.silent:
+            tqdm.write(text, end="\n" if text else "")
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n" if line else "")
 
 
 def _path(folder: Path, kind: str, step: int) -> Path:

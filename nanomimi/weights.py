@@ -7,10 +7,10 @@
 codebooks is embedded as <|begin_of_text|> and <audio>, with which its sequences start: with
 start_positions=2, the separator at the start becomes these two.
 
-`export` writes a LlamaForCausalLM with the token ids of tokens.py. Its softmax covers all codebooks,
-so the caller must constrain decoding: token q of a frame is q * (codebook_size + 1) + code, or END
-of codebook 0, which stops. A prompt is a separator (of it only the last start_positions tokens, if
-run.json has this option) and whole frames.
+`export` writes a LlamaForCausalLM with the token ids of tokens.py. Its softmax covers all
+codebooks, so the caller must constrain decoding: token q of a frame is q * (codebook_size + 1) +
+code, or END of codebook 0, which stops. A prompt is a separator (of it only the last
+start_positions tokens, if run.json has this option) and whole frames.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ def reading(source: str) -> Iterator[Path]:
     """The folder of a checkpoint, downloaded if need be. What is wrong with it becomes one line."""
     folder = Path(source)
     try:
-        remedy = "it is no folder; check name and network, and log in where it is gated (hf auth login)"
+        remedy = "it is no folder; check name and network, log in where it is gated (hf auth login)"
         if not folder.is_dir():
             folder = Path(snapshot_download(source, allow_patterns=FILES))
         remedy = "download it again; pickled weights (.bin) are not read, convert them"
@@ -105,7 +105,9 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def read_model(source: str | Path) -> dict[str, Any]:
-    """What weights decide of run.json's "model": a run (always, if a Path) all, a Llama its shape."""
+    """What the source decides of run.json's "model": a run (if a Path, always) all, a Llama the
+    shape of the backbone.
+    """
     if isinstance(source, Path) or (Path(source) / "run.json").exists():
         return checkpoint.read(Path(source))["model"]
     with reading(source) as folder:
@@ -145,7 +147,8 @@ def import_run(config: WeightsConfig) -> None:
         embedding = others["embed_tokens.weight"]
         head = embedding if settings.get("tie_word_embeddings") else others["lm_head.weight"]
         tensors = {f"backbone.{name}": tensor for name, tensor in backbone.items()}
-        tensors |= {"embedding.weight": embedding[embedding_rows.flatten()], "lm_head": head[head_rows]}
+        tensors["embedding.weight"] = embedding[embedding_rows.flatten()]
+        tensors["lm_head"] = head[head_rows]
         q, codebook_size = len(head_rows), head_rows.shape[1] - 1
         model = {"arch": "flat", "num_codebooks": q, "codebook_size": codebook_size}
         model |= {"max_frames": config.max_frames, "llama": asdict(llama)}

@@ -15,6 +15,7 @@ from nanomimi.evaluate.__main__ import EvaluateConfig
 from nanomimi.picture import PictureConfig
 from nanomimi.tiny.listen import ListenConfig
 from nanomimi.tiny.train_codec import CodecConfig
+from nanomimi.weights import WeightsConfig
 from prepare import PrepareConfig
 from sample import SampleConfig
 from train import TrainConfig
@@ -32,30 +33,32 @@ CONFIGS = {
     "nanomimi.bench": BenchConfig,
     "nanomimi.compare": CompareConfig,
     "nanomimi.picture": PictureConfig,
+    "nanomimi.weights": WeightsConfig,
 }
 CODE = sorted([*ROOT.glob("*.py"), *ROOT.glob("nanomimi/**/*.py")])
 CEILINGS = {  # lines, comments included
     "prepare.py": 140,
     "train.py": 255,
-    "sample.py": 145,
+    "sample.py": 140,
     "nanomimi/__init__.py": 35,
     "nanomimi/audio.py": 95,
     "nanomimi/codec.py": 175,
     "nanomimi/tokens.py": 70,
     "nanomimi/data.py": 230,
     "nanomimi/llama.py": 240,
-    "nanomimi/decode.py": 80,
+    "nanomimi/decode.py": 85,
     "nanomimi/lm.py": 100,
-    "nanomimi/flat.py": 70,
+    "nanomimi/flat.py": 75,
     "nanomimi/hierarchical.py": 110,
     "nanomimi/sampling.py": 45,
-    "nanomimi/checkpoint.py": 110,
+    "nanomimi/checkpoint.py": 130,
     "nanomimi/config.py": 85,
-    "nanomimi/distributed.py": 70,
-    "nanomimi/evaluate/__main__.py": 120,
+    "nanomimi/weights.py": 215,
+    "nanomimi/distributed.py": 90,
+    "nanomimi/evaluate/__main__.py": 105,
     "nanomimi/evaluate/likelihood.py": 115,
     "nanomimi/evaluate/pairs.py": 70,
-    "nanomimi/bench.py": 190,
+    "nanomimi/bench.py": 220,
     "nanomimi/compare.py": 105,
     "nanomimi/picture.py": 105,
     "nanomimi/tiny/digits.py": 80,
@@ -75,7 +78,7 @@ def test_no_file_is_longer_than_its_ceiling_and_the_whole_is_read_in_an_evening(
     assert set(sizes) - small <= set(CEILINGS)
     over = {name: sizes[name] for name, ceiling in CEILINGS.items() if sizes[name] > ceiling}
     assert not over
-    assert sum(sizes.values()) <= 3100
+    assert sum(sizes.values()) <= 3400
     assert sizes["train.py"] + sum(sizes[f"nanomimi/{name}.py"] for name in IDEA) <= 1200
     assert len(README.splitlines()) <= 200
 
