@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanomimi.codec import KYUTAI, Codec, build
 from nanomimi.config import Config, option, run_script
-from nanomimi.distributed import resolve_device
+from nanomimi.distributed import resolve_device, resolve_dtype
 from nanomimi.flat import FlatLM
 from nanomimi.hierarchical import HierarchicalLM
 from nanomimi.llama import LlamaConfig
@@ -160,7 +160,9 @@ def coding(codec: Codec, rows: int) -> Turn:
 def tables(config: BenchConfig, device: torch.device) -> Iterator[tuple[str, dict[str, Turn]]]:
     """Every table's title and the turns that fill its rows."""
     gpu, hf = device.type == "cuda", config.reference == "hf"
-    dtypes, kinds = (torch.float32, torch.bfloat16)[gpu:], (FlatLM, joint_softmax, HuggingFace)
+    kinds, auto = (FlatLM, joint_softmax, HuggingFace), resolve_dtype("auto", device)
+    # Without matrix instructions a CPU can take forty times as long in bfloat16.
+    dtypes = dict.fromkeys([auto] if gpu else [torch.float32, auto])
     small = gpu and torch.cuda.mem_get_info()[1] < 40e9  # 1.0B and its moments take 16 GB of 24
     for _, label, batch_size, tied, *sizes in [s for s in SHAPES if s[0] == device.type]:
         models = {kind.__name__: partial(kind, *sizes, tied=tied) for kind in kinds[: 2 + hf]}

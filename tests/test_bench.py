@@ -53,14 +53,27 @@ def test_turns_alternate_and_the_first_round_does_not_count(capsys):
 @pytest.mark.parametrize("part", ["training", "generation"])
 def test_every_model_has_its_row(part, monkeypatch, capsys):
     monkeypatch.setattr(bench, "SHAPES", [TINY])
+    monkeypatch.setattr(bench, "resolve_dtype", lambda *_: torch.float32)
     bench.bench(BenchConfig(part=part, rounds=1, frames=2, device="cpu"))
     _, *tables = capsys.readouterr().out.strip().split("\n\n")
     names = ["FlatLM", *["joint_softmax"] * (part == "training"), "HierarchicalLM"]
-    assert len(tables) == 2  # precisions, batch sizes
+    assert len(tables) == (1 if part == "training" else 2)  # batch sizes
     for title, *rows in (table.splitlines() for table in tables):
         assert title.startswith(f"{part}, tiny, ")
         assert [row.split()[0] for row in rows] == names
         assert rows[0].endswith(" 1 x time") and all("% " in row for row in rows)
+
+
+@pytest.mark.parametrize(
+    "auto, expected", [("float32", ["float32"]), ("bfloat16", ["float32", "bfloat16"])]
+)
+def test_training_is_measured_in_the_precisions_that_train_would_use(auto, expected, monkeypatch):
+    monkeypatch.setattr(bench, "SHAPES", [TINY])
+    monkeypatch.setattr(bench, "resolve_dtype", lambda *_: getattr(torch, auto))
+    titles = (title for title, _ in bench.tables(BenchConfig(), torch.device("cpu")))
+    measured = [title for title in titles if title.startswith("training")]
+    assert len(measured) == len(expected)
+    assert all(dtype in title for dtype, title in zip(expected, measured))
 
 
 def test_without_transformers_the_bench_says_so_and_goes_on(monkeypatch, capsys):
