@@ -12,6 +12,7 @@ The loss is in nats per token; bits per second of audio compare runs of differen
 import contextlib
 import json
 import math
+import signal
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +26,13 @@ from tqdm import tqdm
 from nanomimi import checkpoint
 from nanomimi.config import Config, option, parse, run_script
 from nanomimi.data import SPLITS, TokenDataset
-from nanomimi.distributed import init_processes, resolve_device, resolve_dtype
+from nanomimi.distributed import (
+    catch_signals,
+    init_processes,
+    lock,
+    resolve_device,
+    resolve_dtype,
+)
 from nanomimi.llama import LlamaConfig
 from nanomimi.lm import summarize
 
@@ -83,20 +90,27 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
-    """Train until max_steps; returns the last validation. Raises ValueError for unfit settings."""
-    with init_processes(resolve_device(config.device)) as processes:
+    """Train until max_steps; returns the last validation. Raises ValueError for unfit settings.
+
+    Raises FloatingPointError where the training diverges, and SystemExit after SIGTERM or SIGINT.
+    """
+    with contextlib.ExitStack() as stack:
+        processes = stack.enter_context(init_processes(resolve_device(config.device)))
         device, rank, world_size = processes
         dtype = resolve_dtype(config.dtype, device)
         # Autocast computes products in bfloat16; weights and the residual stream stay in float32.
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         train_set, val_batches = load_data(config, world_size)
         run = describe(config, train_set.meta, dtype)
+        if rank == 0:
+            stack.enter_context(lock(config.out))
+        caught = stack.enter_context(catch_signals())
 
         torch.manual_seed(config.seed)
         model = checkpoint.build(run["model"]).to(device)
         optimizer = make_optimizer(model, config)
         start = resume(config, run, model, optimizer)
-        log = Log(config.out / "log.jsonl", start, silent=rank > 0)
+        log = checkpoint.Log(config.out / "log.jsonl", start, silent=rank > 0)
         size = sum(p.numel() for p in model.parameters())
         log.say(f"{size / 1e6:.2f}M parameters, {device}, {dtype}, processes: {world_size}")
         if config.compile or (config.compile is None and device.type == "cuda"):
@@ -131,24 +145,46 @@ def train(config: TrainConfig) -> dict[str, Any]:
             optimizer.zero_grad(set_to_none=True)
 
             done, finished = step + 1, step + 1 == config.max_steps
-            if done % config.log_every == 0 or finished:
-                if world_size > 1:
-                    dist.all_reduce(loss)  # the sum; gloo has no mean
+            logs, evaluates, saves = (
+                done % every == 0 or finished
+                for every in (config.log_every, config.eval_every, config.save_every)
+            )
+            # Processes agree where they wait for one another anyway.
+            stop = processes.largest(caught()) if logs or world_size == 1 else 0
+            if not (logs or evaluates or saves or stop):
+                continue
+            if world_size > 1:
+                dist.all_reduce(loss)  # the sum; gloo has no mean
+            line = {"step": done, "loss": loss.item() / world_size, "lr": lr}
+            line["gradient_norm"] = norm.item()
+            require_finite(line, model)
+            if logs:
                 rate = (bar.format_dict["rate"] or 0.0) * frames_per_step * model.num_codebooks
-                line = {"step": done, "loss": loss.item() / world_size, "lr": lr}
-                log.say("", **line, gradient_norm=norm.item(), tokens_per_second=rate)
+                log.say("", **line, tokens_per_second=rate)
                 bar.set_postfix_str(f"loss {line['loss']:.3f} nats/token, {rate:,.0f} tokens/s")
-            if done % config.eval_every == 0 or finished:
+            if evaluates:
                 with autocast:
                     results = validate(model, val_batches, train_set.meta)
                 codebooks = " ".join(f"{nats:.2f}" for nats in results["nats_per_codebook"])
                 units = "{nats_per_token:.3f} nats/token, {bits_per_second:.0f} bit/s"
                 text = f"step {done}: {units.format(**results)}, per codebook {codebooks}"
                 log.say(text, step=done, validation=results)
-            if (done % config.save_every == 0 or finished) and rank == 0:
+            if (saves or stop) and rank == 0:
                 checkpoint.save(config.out, done, model, optimizer, run)
                 log.say(f"step {done}: saved {config.out}")
+            if stop and not finished:
+                log.say(f"step {done}: stopped by {signal.Signals(stop).name}; --resume continues")
+                raise SystemExit(128 + stop)
         return results
+
+
+def require_finite(line: dict[str, float], model: nn.Module) -> None:
+    """FloatingPointError where a number of the log or a weight is not, or nearly not, finite."""
+    # The norm squares the weights: 1e30 overflows, and a model with such a weight is lost, too.
+    norm = nn.utils.get_total_norm(model.parameters()).item()
+    if not all(map(math.isfinite, (*line.values(), norm))):
+        text = ", ".join(f"{name} {value:.3g}" for name, value in line.items())
+        raise FloatingPointError(f"the training diverged: {text}; lower --lr and --resume")
 
 
 @torch.no_grad()
@@ -219,29 +255,11 @@ def resume(
     return saved["step"]
 
 
-class Log:
-    """Lines above the progress bar and in log.jsonl, from the first process alone."""
-
-    def __init__(self, path: Path, start: int, silent: bool) -> None:
-        self.path, self.silent = path, silent
-        if not silent:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # Steps that were logged after the last checkpoint will be done again.
-            lines = path.read_text().splitlines() if start else []
-            kept = [line for line in lines if json.loads(line)["step"] <= start]
-            path.write_text("".join(f"{line}\n" for line in kept))
-
-    def say(self, text: str, **line: Any) -> None:
-        """Print text, if any; write the line, if any, to log.jsonl."""
-        if not self.silent:
-            tqdm.write(text, end="\n" if text else "")
-            with open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n" if line else "")
-
-
 def main(config: TrainConfig) -> None:
     if config.resume:
         saved = checkpoint.read(config.out)["config"]
+        if lost := sorted(asdict(config).keys() ^ saved.keys()):
+            raise ValueError(f"{config.out}/run.json is not of this train.py ({lost[0]})")
         saved = {**saved, "data": [Path(path) for path in saved["data"]], "resume": True}
         config = parse(TrainConfig, doc=__doc__, defaults=saved)
     train(config)

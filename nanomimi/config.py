@@ -2,15 +2,19 @@
 
     lr: float = option(1e-3, "peak learning rate", above=0)
 
-`--lr 3e-4` sets this field; `TrainConfig(lr=3e-4)` does the same from Python. Both check bounds.
+`--lr 3e-4` sets this field; `TrainConfig(lr=3e-4)` does the same from Python. Both check type and
+bounds. JSON files, which hold what is no flag, are read, checked and replaced here as well.
 """
 
 import argparse
+import contextlib
+import json
 import operator
+import os
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -27,17 +31,33 @@ def option(default: Any, help: str, positional: bool = False, **bounds: float) -
 
 @dataclass(frozen=True)
 class Config:
-    """Base of the scripts' configurations. Raises ValueError where a value is out of bounds."""
+    """Base of the scripts' configurations. Raises ValueError where a value does not fit."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            choices = typing.get_args(f.type) if typing.get_origin(f.type) is Literal else None
-            if choices and value not in choices:
-                raise ValueError(f"--{f.name} must be one of {', '.join(choices)}; got {value!r}")
+            if not _fits(value, f.type):
+                kind = getattr(f.type, "__name__", f.type)
+                if typing.get_origin(f.type) is Literal:
+                    kind = f"one of {', '.join(typing.get_args(f.type))}"
+                raise ValueError(f"--{f.name} must be {kind}; got {value!r:.80}")
             for name, bound in f.metadata["bounds"].items():
                 if value is not None and not BOUNDS[name](value, bound):
                     raise ValueError(f"--{f.name} must be {name} {bound}; got {value}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether the value is of the annotated type; numbers must be finite and below 2^63."""
+    kinds = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return value in kinds
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(v, kinds[0]) for v in value)
+    if kinds:  # X | None
+        return any(_fits(value, k) for k in kinds)
+    if kind in (int, float) and not isinstance(value, bool):
+        return isinstance(value, (int, kind)) and abs(value) < 2**63
+    return isinstance(value, kind)
 
 
 def parse(config: type[C], argv: list[str] | None = None, doc: str = "", defaults: Any = None) -> C:
@@ -55,9 +75,74 @@ def run_script(config: type[C], main: Callable[[C], Any], doc: str | None = None
     """A script's last line: parse, call `main`, print errors that a user can fix as one line."""
     try:
         main(parse(config, doc=doc))
-    except (ValueError, OSError, KeyboardInterrupt) as error:
+    except (ValueError, OSError, FloatingPointError, KeyboardInterrupt) as error:
         print(f"{Path(sys.argv[0]).name}: {str(error) or 'interrupted'}", file=sys.stderr)
-        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
+        sys.exit({KeyboardInterrupt: 130, FloatingPointError: 1}.get(type(error), 2))
+
+
+def read_json(path: Path, example: Any, remedy: str) -> Any:
+    """A JSON file like `example` (see from_json). ValueError and OSError name it."""
+    return from_json(path.read_bytes(), example, f"{path} cannot be used; {remedy}")
+
+
+def from_json(text: bytes, example: Any, where: str) -> Any:
+    """JSON like `example`, or a ValueError that starts with `where`."""
+    try:
+        value = json.loads(text)
+        check_like(value, example, "the file")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} ({error})") from None
+    return value
+
+
+def check_like(value: Any, example: Any, name: str) -> None:
+    """Raises ValueError where the value from JSON, called `name`, is not like the example.
+
+    Keys and types are the same; with the key `...` in the example, other keys may come as well.
+    Numbers are finite, and positive where the example's are. A list's items are like the example's
+    first item, and there is one at least. A tuple lists the choices.
+    """
+    if isinstance(example, tuple):
+        right, kind = value in example, " or ".join(map(str, example))
+    else:
+        right, kind = _fits(value, type(example)), type(example).__name__
+    if right and type(example) in (int, float) and not (value > 0 or value == example):
+        right, kind = False, f"positive {kind}" if example else f"{kind} of at least 0"
+    if not right or value == [] != example:
+        raise ValueError(f"{name} must be {kind}; got {value!r:.80}")
+    if isinstance(example, dict):
+        missing, unknown = example.keys() - value.keys() - {...}, value.keys() - example.keys()
+        for key in sorted(missing if ... in example else missing | unknown):
+            raise ValueError(f"{name} {'lacks' if key in missing else 'has'} the key {key}")
+        for key in example.keys() & value.keys():
+            check_like(value[key], example[key], key)
+    for item in value if isinstance(example, list) else []:
+        check_like(item, example[0], name)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of writing, such as a full disk, do not name the file. Inside, they do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a path to write to, whose file then replaces `path` at once or, on errors, vanishes."""
+    new = path.with_name(f"{path.name}.tmp")
+    try:
+        with naming(path):
+            yield new
+            with open(new, "rb") as file:
+                os.fsync(file)  # or a power failure could leave the new name with no content
+            new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -75,5 +160,11 @@ def _add(parser: argparse.ArgumentParser, f: Any) -> None:
     elif typing.get_origin(kind) is Literal:
         how["choices"] = typing.get_args(kind)
     else:
-        how["type"] = kind
+        how["type"] = _path if kind is Path else kind
     parser.add_argument(f.name if positional else f"--{f.name}", default=f.default, **how)
+
+
+def _path(text: str) -> Path:
+    if not text:  # which Path would take for the current folder
+        raise argparse.ArgumentTypeError("give a path")
+    return Path(text)

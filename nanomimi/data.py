@@ -9,6 +9,7 @@ import functools
 import json
 from collections.abc import Sequence
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Literal
@@ -18,11 +19,19 @@ import torch
 from torch import Tensor
 
 from nanomimi.codec import Codec
+from nanomimi.config import from_json, naming, read_json
 from nanomimi.tokens import flatten, separator, unflatten
 
 FORMAT = 2
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
+AGAIN = "prepare the data again, with --overwrite"
+UTTERANCE = {"split": SPLITS, "file": "", "group": "", "first_frame": 1, "num_frames": 1}
+META = {  # an example of meta.json
+    **{"format": (FORMAT,), "codec": "tiny", "codec_sha256": "", "moshi": "", "num_codebooks": 1},
+    **{"codebook_size": 1, "frame_rate": 12.5, "sample_rate": 1, "dtype": ("uint16", "uint32")},
+    **{"splits": {s: {"utterances": 0, "frames": 0} for s in SPLITS}, "settings": {...: 0}},
+}
 
 
 class DatasetWriter:
@@ -34,9 +43,11 @@ class DatasetWriter:
     Files appear under their final names only once all are complete.
     """
 
-    def __init__(self, out: Path, codec: Codec, required: Sequence[Split] = SPLITS) -> None:
-        """`required`: the splits that may not stay empty."""
-        self.out, self.codec, self.required = out, codec, required
+    def __init__(
+        self, out: Path, codec: Codec, required: Sequence[Split] = SPLITS, **settings: Any
+    ) -> None:
+        """`required`: the splits that may not stay empty; `settings`: how the data were made."""
+        self.out, self.codec, self.required, self.settings = out, codec, required, settings
         largest_id = codec.num_codebooks * (codec.codebook_size + 1) - 1
         self.dtype = np.dtype(np.uint16 if largest_id < 2**16 else np.uint32)
         self.frames, self.utterances = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
@@ -55,7 +66,8 @@ class DatasetWriter:
         first = self.frames[split] + self.utterances[split] + 1
         place = {"first_frame": first, "num_frames": codes.shape[1]}
         line = {"split": split, "file": file, "group": group, **place}
-        self._index.write(json.dumps(line) + "\n")
+        with naming(self._new("utterances.jsonl")):
+            self._index.write(json.dumps(line) + "\n")
         self._write(split, codes)
         self._write(split, separator(self.codec.num_codebooks, self.codec.codebook_size))
         self.frames[split] += codes.shape[1]
@@ -68,21 +80,24 @@ class DatasetWriter:
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for file in (*self._bins.values(), self._index):
-            file.close()
         names = [f"{s}.bin" for s in SPLITS] + ["utterances.jsonl", "meta.json"]
         empty = [s for s in self.required if not self.utterances[s]]
-        if kind is not None or empty:
+        try:
+            for file in (*self._bins.values(), self._index):
+                with naming(Path(file.name)):
+                    file.close()
+            if kind is None and empty:
+                raise ValueError(f"nothing was prepared: no utterance for {' or '.join(empty)}")
+            if kind is None:
+                with naming(self._new("meta.json")):
+                    self._new("meta.json").write_text(json.dumps(self._meta(), indent=1) + "\n")
+                # meta.json goes first and comes last: without it, there are no data.
+                (self.out / "meta.json").unlink(missing_ok=True)
+                for name in names:
+                    self._new(name).replace(self.out / name)
+        finally:
             for name in names:
                 self._new(name).unlink(missing_ok=True)
-            if kind is None:
-                raise ValueError(f"nothing was prepared: no utterance for {' or '.join(empty)}")
-            return
-        self._new("meta.json").write_text(json.dumps(self._meta(), indent=1) + "\n")
-        # meta.json goes first and comes last, so an interrupted replacement is not taken for data.
-        (self.out / "meta.json").unlink(missing_ok=True)
-        for name in names:
-            self._new(name).replace(self.out / name)
 
     def _meta(self) -> dict[str, Any]:
         copied = "num_codebooks codebook_size frame_rate sample_rate".split()
@@ -95,11 +110,13 @@ class DatasetWriter:
             **{name: getattr(self.codec, name) for name in copied},
             "dtype": self.dtype.name,
             "splits": {split: counts(split) for split in SPLITS},
+            "settings": self.settings,
         }
 
     def _write(self, split: Split, codes: Tensor) -> None:
         tokens = flatten(codes[None], self.codec.codebook_size)[0]
-        self._bins[split].write(tokens.cpu().numpy().astype(self.dtype).tobytes())
+        with naming(self._new(f"{split}.bin")):
+            self._bins[split].write(tokens.cpu().numpy().astype(self.dtype).tobytes())
 
     def _new(self, name: str) -> Path:
         return self.out / f"{name}.tmp"
@@ -130,19 +147,23 @@ class TokenDataset:
             frames = counts["frames"] + counts["utterances"] + 1
             size = frames * self.stored * self.dtype.itemsize
             if not path.exists() or path.stat().st_size != size:
-                raise ValueError(f"{path} does not have {size} bytes (meta.json); prepare it again")
+                raise ValueError(f"{path} does not have {size} bytes; {AGAIN}")
             self.streams.append((path, self.num_frames, self.num_frames + frames))
             self.num_frames += frames
 
     def frames(self, start: int, count: int) -> Tensor:
         """Tokens (count * Q,) int64 of `count` frames from frame `start` of the stream on."""
-        pieces = []
+        pieces, classes = [], self.meta["codebook_size"] + 1
         for path, first, end in self.streams:
             if first < start + count and start < end:
                 # Mapped anew each time: a map that is kept keeps every page that was ever read.
                 stream = np.memmap(path, self.dtype, "r", shape=(end - first, self.stored))
                 piece = stream[max(0, start - first) : start + count - first, : self.num_codebooks]
                 pieces.append(piece.astype(np.int64))
+                # As unsigned integers, ids of a codebook before their own are large.
+                codes = (pieces[-1] - classes * np.arange(self.num_codebooks)).view(np.uint64)
+                if codes.max() >= classes:
+                    raise ValueError(f"{path} has ids outside of their codebooks; {AGAIN}")
         return torch.from_numpy(np.concatenate(pieces)).flatten()
 
     def codes(self, start: int, count: int) -> Tensor:
@@ -153,10 +174,15 @@ class TokenDataset:
     def utterances(self) -> list[dict[str, Any]]:
         """The split's lines of utterances.jsonl: file, group, first_frame, num_frames."""
         lines = []
-        for path, first, _ in self.streams:
-            for text in (path.parent / "utterances.jsonl").read_text().splitlines():
-                if (line := json.loads(text))["split"] == self.split:
-                    lines.append({**line, "first_frame": first + line["first_frame"]})
+        for path, first, end in self.streams:
+            index = path.parent / "utterances.jsonl"
+            where = f"{index} cannot be used; {AGAIN}"
+            own = [from_json(text, UTTERANCE, where) for text in index.read_bytes().splitlines()]
+            own = [line for line in own if line["split"] == self.split]
+            starts = [*(line["first_frame"] for line in own), end - first]
+            if starts != list(accumulate((line["num_frames"] + 1 for line in own), initial=1)):
+                raise ValueError(f"{where} (it does not fit {path.name})")
+            lines += [{**line, "first_frame": first + line["first_frame"]} for line in own]
         return lines
 
     def train_batch(
@@ -208,18 +234,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     path = folder / "meta.json"
     if not path.exists():
         raise FileNotFoundError(f"{folder} is no data folder (no meta.json); run python prepare.py")
-    return read_json(path, FORMAT, "prepare the data again")
-
-
-def read_json(path: Path, format: int, remedy: str) -> dict[str, Any]:
-    """A JSON object that says of which format it is, or ValueError."""
-    try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError:
-        content = None
-    if not isinstance(content, dict) or content.get("format") != format:
-        raise ValueError(f"{path} is not of format {format}; {remedy}")
-    return content
+    return read_json(path, META, AGAIN)
 
 
 @functools.lru_cache(maxsize=2)

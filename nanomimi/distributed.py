@@ -1,10 +1,14 @@
-"""Processes, device and precision."""
+"""Processes, signals, device and precision."""
 
 import contextlib
+import fcntl
 import math
 import os
+import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -29,6 +33,14 @@ class Processes(NamedTuple):
     rank: int = 0
     world_size: int = 1
 
+    def largest(self, number: int) -> int:
+        """The largest of the processes' numbers, so that all of them act alike."""
+        if self.world_size == 1:
+            return number
+        numbers = torch.tensor(number, device=self.device)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        return int(numbers)
+
 
 @contextlib.contextmanager
 def init_processes(device: torch.device) -> Iterator[Processes]:
@@ -44,6 +56,46 @@ def init_processes(device: torch.device) -> Iterator[Processes]:
         yield Processes(device, dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Makes the folder, if needed. Raises ValueError where another process holds its lock."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder} is in use by another process; change --out") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def catch_signals() -> Iterator[Callable[[], int]]:
+    """Yields a function: the number of the first SIGTERM or SIGINT that has arrived, or 0.
+
+    A second SIGINT interrupts at once, but under torchrun, which repeats the terminal's.
+    """
+    caught: list[int] = []
+
+    def catch(number: int, frame: object) -> None:
+        if caught and number == signal.SIGINT and "RANK" not in os.environ:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    # Only the main thread may set handlers.
+    main = threading.current_thread() is threading.main_thread()
+    old = {n: signal.signal(n, catch) for n in (signal.SIGTERM, signal.SIGINT) if main}
+    try:
+        yield lambda: caught[0] if caught else 0
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -22,7 +22,7 @@ from nanomimi.lm import LanguageModel, Sampler
 class FlatLM(LanguageModel):
     """Embedding, one Llama, a head per codebook."""
 
-    OPTIONS = ("tied",)
+    OPTIONS = {"tied": True}
 
     def __init__(self, config: LlamaConfig, *sizes: int, tied: bool = False) -> None:
         """`sizes` as in LanguageModel; `tied`: the head shares the embedding's weights."""

@@ -39,6 +39,8 @@ class LlamaConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
+        if self.n_layer > 1000:
+            raise ValueError(f"--n_layer must be at most 1000; got {self.n_layer}")
         # RoPE rotates pairs of dimensions, so a head needs an even number of them.
         if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
             raise ValueError(

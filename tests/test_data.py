@@ -125,11 +125,11 @@ def test_damaged_and_short_data_are_refused(random_data, tmp_path):
     for name in ("meta.json", "train.bin"):
         (tmp_path / name).write_bytes((random_data / name).read_bytes())
     (tmp_path / "train.bin").write_bytes((random_data / "train.bin").read_bytes()[:-2])
-    with pytest.raises(ValueError, match="prepare it again"):
+    with pytest.raises(ValueError, match="prepare the data again"):
         TokenDataset([tmp_path], "train", 6)
     for text in ("not json", '{"format": 1}', "[]"):
         (tmp_path / "meta.json").write_text(text)
-        with pytest.raises(ValueError, match="not of format 2"):
+        with pytest.raises(ValueError, match="meta.json cannot be used"):
             TokenDataset([tmp_path], "train", 6)
 
 
