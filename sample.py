@@ -10,29 +10,26 @@ after `seconds` of new audio. `seconds` may exceed the model's context.
 """
 
 import contextlib
+import itertools
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
 from tqdm import tqdm
 
 from nanomimi import checkpoint
-from nanomimi.audio import STDOUT, open_wav, read_audio, write_wav
-from nanomimi.codec import Codec
+from nanomimi.audio import STDOUT, open_wav, read_audio
+from nanomimi.codec import CHUNK_SECONDS, Codec
 from nanomimi.config import Config, option, run_script
 from nanomimi.distributed import resolve_device
 from nanomimi.lm import LanguageModel
 from nanomimi.sampling import make_sampler
-from nanomimi.tokens import separator, trim_at_end
-
-
-Frames = Iterator[Tensor]  # (B, Q) each
+from nanomimi.tokens import separator
 
 
 @dataclass(frozen=True)
@@ -73,8 +70,9 @@ def sample(config: SampleConfig) -> list[Path]:
     num_frames = max(1, round(config.seconds * codec.frame_rate))
     frames = model.generate(prompt, num_frames, sampler, config.num_samples)
     frames = iter(tqdm(frames, total=num_frames, unit="frame"))
+    block = 1 if config.stream else round(CHUNK_SECONDS * codec.frame_rate)
     # The separator at the start of the prompt has no sound.
-    seconds = (decode_stream if config.stream else decode)(codec, prompt[0, :, 1:], frames, paths)
+    seconds = write_audio(codec, prompt[0, :, 1:], frames, paths, block)
 
     elapsed, prompted = time.time() - start, (prompt.shape[2] - 1) / codec.frame_rate
     new = [length - prompted for length in seconds]
@@ -104,39 +102,29 @@ def encode_prompt(config: SampleConfig, codec: Codec, model: LanguageModel) -> T
     return rearrange(codes, "q t -> 1 q t")
 
 
-def decode(codec: Codec, prompt: Tensor, frames: Frames, paths: list[Path]) -> list[float]:
-    """Decode all frames after the prompt (Q, T) together; returns the seconds of every wav."""
-    seconds = []
-    for path, new in zip(paths, torch.stack(list(frames), dim=2)):
-        codes = torch.cat([prompt, trim_at_end(new, codec.codebook_size)], dim=1)
-        wav = codec.decode(codes[None])[0, 0].cpu().numpy() if codes.shape[1] else np.zeros(0)
-        write_wav(path, wav, codec.sample_rate)
-        seconds.append(len(wav) / codec.sample_rate)
-    return seconds
+def write_audio(
+    codec: Codec, prompt: Tensor, frames: Iterator[Tensor], paths: list[Path], block: int
+) -> list[float]:
+    """Decode the prompt (Q, T), then the frames (B, Q), `block` at a time, and write each row to
+    its path up to its END; returns the seconds of every wav.
+    """
+    prompted = repeat(prompt, "q t -> t b q", b=len(paths))
+    rest, lengths = itertools.chain(prompted, frames), []
 
+    def blocks() -> Iterator[Tensor]:
+        while some := list(itertools.islice(rest, block)):
+            codes = torch.stack(some, dim=2)
+            # END has no sound: rows that have ended decode code 0 and are not written.
+            end = codes == codec.codebook_size
+            lengths.append((~end[:, 0]).sum(dim=1).tolist())
+            yield codes.masked_fill(end, 0)
 
-def decode_stream(codec: Codec, prompt: Tensor, frames: Frames, paths: list[Path]) -> list[float]:
-    """The same, but every frame is decoded and written as soon as it is drawn."""
-    ended = torch.zeros(len(paths), dtype=torch.bool, device=codec.device)
-
-    def audible() -> Frames:
-        for frame in rearrange(prompt, "q t -> t q"):
-            yield repeat(frame, "q -> b q", b=len(paths))
-        for frame in frames:
-            ended.logical_or_(frame[:, 0] == codec.codebook_size)
-            if ended.all():
-                return
-            # END has no sound: an ended row decodes code 0 beside the others and is not written.
-            yield frame.masked_fill(rearrange(ended, "b -> b 1"), 0)
-
-    seconds = np.zeros(len(paths))
     with contextlib.ExitStack() as stack:
         write = [stack.enter_context(open_wav(path, codec.sample_rate)) for path in paths]
-        for audio in codec.decode_stream(audible()):
-            for row in torch.nonzero(~ended)[:, 0].tolist():
-                write[row](audio[row].cpu().numpy())
-                seconds[row] += audio.shape[1] / codec.sample_rate
-    return seconds.tolist()
+        for audio in codec.decode_stream(blocks()):
+            for row, length in enumerate(lengths[-1]):
+                write[row](audio[row, 0, : length * codec.frame_size].cpu().numpy())
+    return [sum(row) / codec.frame_rate for row in zip(*lengths)] or [0.0] * len(paths)
 
 
 if __name__ == "__main__":

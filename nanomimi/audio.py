@@ -1,7 +1,6 @@
 """Step 0, files <-> wav: mono samples at the codec's rate. The only file that imports sphn."""
 
 import contextlib
-import functools
 import sys
 import wave
 from collections.abc import Callable, Iterable, Iterator
@@ -64,22 +63,22 @@ def _sphn_errors(path: Path) -> Iterator[None]:
 
 
 def resample(wav: np.ndarray, source: int, target: int) -> np.ndarray:
-    """(S,) at `source` Hz -> (ceil(S * target / source),) at `target` Hz, without delay."""
+    """(S,) at `source` Hz -> (ceil(S * target / source),) at `target` Hz.
+
+    A Fourier transform is cut or padded to the other rate: no delay, and nothing above half of the
+    lower rate is left.
+    """
     if source == target:
         return wav
-    delay = _resampling_delay(source, target)
-    # Enough silence after the last sample to push it through the resampler.
-    padded = np.pad(wav, (0, delay * source // target + source // 10))
-    length = -(-len(wav) * target // source)
-    return sphn.resample(padded[None], source, target)[0][delay : delay + length]
-
-
-@functools.cache
-def _resampling_delay(source: int, target: int) -> int:
-    """sphn's resampler delays its output; the delay depends on the rates and is measured once."""
-    impulse = np.zeros((1, 2 * source), np.float32)
-    impulse[0, source] = 1
-    return int(np.abs(sphn.resample(impulse, source, target)[0]).argmax()) - target
+    # A minute at a time bounds the memory. The transform is circular, so every minute gets a second
+    # of its neighbours on both sides, and loses it afterwards.
+    padded, pieces = np.pad(wav, (source, source + -len(wav) % source)), []
+    for start in range(0, len(padded) - 2 * source, 60 * source):
+        block = padded[start : start + 62 * source]
+        spectrum = np.fft.rfft(block)
+        out = np.fft.irfft(spectrum, len(block) // source * target) * np.float32(target / source)
+        pieces.append(out[target:-target])
+    return np.concatenate(pieces)[: -(-len(wav) * target // source)]
 
 
 def write_wav(path: Path, wav: np.ndarray, sample_rate: int) -> None:

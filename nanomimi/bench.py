@@ -140,7 +140,7 @@ def coding(codec: Codec, rows: int) -> Turn:
     """Clips of four seconds, in x real time, and the latency of a frame when streaming."""
     wav = 0.1 * torch.randn(rows, 1, 4 * codec.sample_rate, device=codec.device)
     codes = codec.encode(wav)
-    stream = lambda: list(codec.decode_stream(codes.unbind(2)))
+    stream = lambda: list(codec.decode_stream(codes.split(1, dim=2)))
     while True:
         t = seconds(stream, partial(codec.encode, wav), partial(codec.decode, codes))
         row = {"x encoding": 4 * rows / t[1], "x decoding": 4 * rows / t[2]}

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from einops import rearrange
 from huggingface_hub import hf_hub_download
 from huggingface_hub.utils import logging
 from moshi.models import MimiModel, loaders
@@ -92,15 +91,16 @@ class Codec:
             return torch.cat([self.mimi.decode(chunk.to(self.device)) for chunk in chunks], dim=2)
 
     @torch.inference_mode()
-    def decode_stream(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Frames (B, Q), one by one -> the audio (B, frame_size) of each, equal to `decode`."""
+    def decode_stream(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Consecutive codes (B, Q, T), at most CHUNK_SECONDS each -> the audio of each, as `decode`
+        would give it for all together.
+        """
         with contextlib.ExitStack() as stack:
-            for i, frame in enumerate(frames):
+            for i, codes in enumerate(blocks):
                 if i == 0:
-                    stack.enter_context(self._streaming(len(frame)))
-                codes = rearrange(frame, "b q -> b q 1")
+                    stack.enter_context(self._streaming(len(codes)))
                 self._check(codes)
-                yield rearrange(self.mimi.decode(codes.to(self.device)), "b 1 s -> b s")
+                yield self.mimi.decode(codes.to(self.device))
 
     @contextlib.contextmanager
     def _streaming(self, batch_size: int) -> Iterator[None]:

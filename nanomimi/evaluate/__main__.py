@@ -7,6 +7,7 @@ pairs          pairs of clips in SALMon's layout, with --pairs FOLDER
 
 import json
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -87,29 +88,16 @@ def group_trials(data: TokenDataset, count: int, seed: int) -> list[Trial]:
     return [Trial(pair(a), pair(b), (a, b)) for a, b in drawn]
 
 
-def table(results: dict[str, Any]) -> str:
-    """The results as lines for the terminal: name, value, and what to compare it with."""
-    percent = lambda share: f"{100 * share:.1f}%"
-    each = lambda values: " ".join(f"{value:.2f}" for value in values)
-    held, low_high = results["held_out"], "{} to {}".format
-    frames = f"{held['frames']} frames, each after {low_high(*held['context'])}"
-    codec_bits = f"of the codec's {held['codec_bits_per_second']:.0f}"
-    swap = results["consistency"]
-    interval = low_high(*map(percent, swap["interval"]))
-    counts = f"{interval}; {swap['trials']} trials, {swap['groups']} groups"
-    rows = [
-        ("nats per token", f"{held['nats_per_token']:.3f}", each(held["nats_per_codebook"])),
-        ("nats per frame", f"{held['nats_per_frame']:.3f}", frames),
-        ("bits per second", f"{held['bits_per_second']:.1f}", codec_bits),
-        ("acoustic consistency", percent(swap["accuracy"]), counts),
-        ("  margin, nats per token", f"{swap['margin']:.3f}", each(swap["margin_per_codebook"])),
-    ]
-    for name, part in results["pairs"].items():
-        error = f"+- {percent(part['standard_error'])}; {part['pairs']} pairs"
-        rows.append((name, percent(part["accuracy"]), error))
-    line = "{:26}{:>10}   {}".format
-    return "\n".join(line(name.replace("_", " "), value, note) for name, value, note in rows)
+def lines(results: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """The results for the terminal: a line per entry of evaluation.json, under its name there."""
+    for name, value in results.items():
+        if isinstance(value, dict):
+            yield from lines(value, f"{prefix}{name} ")
+        else:
+            values = value if isinstance(value, list) else [value]
+            shown = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in values)
+            yield f"{prefix + name:36} {' '.join(shown)}"
 
 
 if __name__ == "__main__":
-    run_script(EvaluateConfig, lambda config: print(table(evaluate(config))), __doc__)
+    run_script(EvaluateConfig, lambda config: print(*lines(evaluate(config)), sep="\n"), __doc__)

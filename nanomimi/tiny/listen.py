@@ -19,10 +19,10 @@ from nanomimi.codec import Codec
 from nanomimi.config import Config, option, run_script
 from nanomimi.lm import LanguageModel, Sampler
 from nanomimi.sampling import make_sampler
-from nanomimi.tiny import digits
+from nanomimi.tiny import digits, train_codec
 from nanomimi.tokens import separator, trim_at_end
 
-HOP, WINDOW, BANDS = 480, 1024, 40  # samples, samples, mel bands
+BANDS = 40  # of the mel spectrogram
 Codes = tuple[Tensor, Tensor]  # of a prompt and of its continuation, both (1, Q, T)
 
 
@@ -34,14 +34,9 @@ class ListenConfig(Config):
 
 
 def log_mel(wav: np.ndarray) -> np.ndarray:
-    """(S,) -> (T, BANDS), independent of loudness."""
-    wav = np.pad(wav / (np.sqrt(np.mean(wav**2)) + 1e-9), WINDOW // 2)
-    frames = np.lib.stride_tricks.sliding_window_view(wav, WINDOW)[::HOP] * np.hanning(WINDOW)
-    power = np.abs(np.fft.rfft(frames)) ** 2
-    mel = lambda hz: 2595 * np.log10(1 + hz / 700)
-    bins = mel(np.fft.rfftfreq(WINDOW, 1 / digits.SAMPLE_RATE))
-    centres, step = np.linspace(mel(60), mel(8000), BANDS, retstep=True)
-    return np.log(power @ np.clip(1 - np.abs(bins - centres[:, None]) / step, 0, None).T + 1.0)
+    """(S,) -> (T, BANDS), independent of loudness; a frame every 21 ms."""
+    level = np.sqrt(np.mean(wav**2)) + 1e-9
+    return train_codec.log_mel(torch.from_numpy(0.1 * wav / level)[None], 2048, BANDS)[0].T.numpy()
 
 
 def dtw(query: np.ndarray, references: Sequence[np.ndarray]) -> np.ndarray:
