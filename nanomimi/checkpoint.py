@@ -96,8 +96,9 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[LanguageMode
 
 def load_optimizer(folder: Path, step: int, model: LanguageModel, optimizer: Optimizer) -> None:
     """Put the moments saved at `step` into a new optimizer of the model's parameters."""
-    path, example = _path(folder, "optimizer", step), moments_like(model)
-    restore_moments(load_tensors(path, example, model.embedding.weight.device), model, optimizer)
+    path = _path(folder, "optimizer", step)
+    saved = load_tensors(path, moments(model, optimizer), model.embedding.weight.device)
+    restore_moments(saved, model, optimizer)
 
 
 def _path(folder: Path, kind: str, step: int) -> Path:
@@ -105,16 +106,11 @@ def _path(folder: Path, kind: str, step: int) -> Path:
 
 
 def moments(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """AdamW's state, by the names of the model's parameters."""
-    named = model.named_parameters()
-    return {f"{n}.{key}": t for n, p in named for key, t in optimizer.state[p].items()}
-
-
-def moments_like(model: nn.Module) -> dict[str, Tensor]:
-    """Tensors of the shapes of `moments`, for load_tensors."""
-    named = list(model.named_parameters())
-    like = {f"{n}.{key}": p for n, p in named for key in ("exp_avg", "exp_avg_sq")}
-    return like | {f"{n}.step": torch.zeros(()) for n, _ in named}
+    """AdamW's state, by the names of the model's parameters; zeros before a parameter's update."""
+    zero = torch.zeros_like
+    zeros = lambda p: dict(step=torch.zeros(()), exp_avg=zero(p), exp_avg_sq=zero(p))
+    states = ((name, optimizer.state[p] or zeros(p)) for name, p in model.named_parameters())
+    return {f"{name}.{key}": value for name, state in states for key, value in state.items()}
 
 
 def restore_moments(saved: dict[str, Tensor], model: nn.Module, optimizer: Optimizer) -> None:

@@ -8,7 +8,6 @@ quantizes what the ones before it left over.
 import contextlib
 import copy
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -21,6 +20,8 @@ from moshi.utils.compile import no_cuda_graph
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
+
+from nanomimi.config import read_json
 
 TINY = Path(__file__).parent / "tiny" / "mimi.safetensors"
 CHUNK_SECONDS = 10  # longer audio is encoded and decoded in chunks: memory stays constant
@@ -140,10 +141,8 @@ def build(shape: dict) -> MimiModel:
 
 def read_shape(path: Path) -> dict:
     """The shape in a .json of a Mimi, in moshi's terms. Raises FileNotFoundError, ValueError."""
-    try:
-        return json.loads(path.read_text())["mimi"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(f"{path} does not describe a Mimi (no entry mimi); remove it") from None
+    example = {"mimi": KYUTAI, ...: 0}
+    return read_json(path, example, "it does not describe a Mimi; remove it")["mimi"]
 
 
 def _weights(source: str) -> Path:

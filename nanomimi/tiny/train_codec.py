@@ -13,19 +13,21 @@ import functools
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from nanomimi import checkpoint
 from nanomimi.audio import audio_files, read_audio, resample
 from nanomimi.codec import TINY, MimiModel, build, read_shape
-from nanomimi.config import Config, option, run_script
-from nanomimi.distributed import resolve_device
+from nanomimi.config import Config, check_like, from_json, option, replacing, run_script
+from nanomimi.distributed import catch_signals, lock, resolve_device
 from nanomimi.tiny import digits
 
 WINDOWS = {2048: 80, 1024: 64, 512: 40, 256: 32, 128: 20}  # samples: mel bands
@@ -35,7 +37,7 @@ FLOOR = 3e-4  # mean amplitude of a mel band, about -70 dB: lower levels count a
 @dataclass(frozen=True)
 class CodecConfig(Config):
     audio: tuple[Path, ...] = option((), "folders or files; none: bundled digits", positional=True)
-    out: Path = option(Path("runs/codec"), "folder for mimi.safetensors, mimi.json and training.pt")
+    out: Path = option(Path("runs/codec"), "folder for the codec and its training state")
     shape: Path = option(TINY.with_suffix(".json"), "a .json with moshi's description of the Mimi")
     minutes: float = option(60.0, "minutes of audio held in memory", above=0)
     batch_size: int = option(8, "crops per step", at_least=1)
@@ -153,32 +155,53 @@ def evaluate(mimi: MimiModel, wav: Tensor) -> dict:
 
 
 def save(mimi: MimiModel, optimizer: torch.optim.Optimizer, out: Path, report: dict) -> None:
-    """Write mimi.safetensors (float16) and mimi.json for the codec, training.pt for --resume."""
-    weights = {k: v.half().contiguous() for k, v in mimi.state_dict().items()}
-    save_file(weights, out / "mimi.safetensors.tmp")
-    (out / "mimi.json.tmp").write_text(json.dumps(report, indent=1) + "\n")
-    state = dict(report=report, model=mimi.state_dict(), optimizer=optimizer.state_dict())
-    # moshi draws from torch's generator, and counts the steps until it replaces unused entries.
-    modules = [(k, m) for k, m in mimi.named_modules() if hasattr(m, "_next_unused_check")]
-    state |= dict(rng=torch.get_rng_state(), checks={k: m._next_unused_check for k, m in modules})
-    torch.save(state, out / "training.pt.tmp")
-    for name in ("mimi.safetensors", "mimi.json", "training.pt"):
-        (out / f"{name}.tmp").replace(out / name)
+    """Write mimi.safetensors (float16) and mimi.json for the codec, training.* for --resume."""
+    halves = {name: tensor.half() for name, tensor in mimi.state_dict().items()}
+    if not all(half.isfinite().all() for half in halves.values()):
+        raise FloatingPointError(f"diverged: step {report['step']}, infinite weights; lower --lr")
+    checks = {name: module._next_unused_check for name, module in unused(mimi)}
+    text = json.dumps({"report": report, "checks": checks})
+    checkpoint.save_tensors(state(mimi, optimizer), out / "training.safetensors", {"json": text})
+    checkpoint.save_tensors(halves, out / "mimi.safetensors")
+    with replacing(out / "mimi.json") as new:
+        new.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def state(mimi: MimiModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All that a resumed training needs, but for `unused` and the report."""
+    moments = checkpoint.moments(mimi, optimizer)
+    # moshi draws from torch's generator.
+    return {"rng": torch.get_rng_state(), **moments, **mimi.state_dict()}
+
+
+def unused(mimi: MimiModel) -> list[tuple[str, nn.Module]]:
+    """The codebooks: moshi counts the steps until it replaces their unused entries."""
+    return [(k, m) for k, m in mimi.named_modules() if hasattr(m, "_next_unused_check")]
 
 
 def load(mimi: MimiModel, optimizer: torch.optim.Optimizer, out: Path, shape: dict) -> dict:
     """Restore the last checkpoint; returns its report. Raises FileNotFoundError, ValueError."""
-    if not (out / "training.pt").exists():
-        raise FileNotFoundError(f"{out} has no checkpoint (training.pt); leave out --resume")
-    state = torch.load(out / "training.pt", map_location="cpu", weights_only=True)
-    if state["report"]["mimi"] != shape:
-        raise ValueError(f"{out} has another shape than --shape; give --shape {out}/mimi.json")
-    mimi.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
-    for name, check in state["checks"].items():
-        mimi.get_submodule(name)._next_unused_check = check
-    return state["report"]
+    path = out / "training.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(f"{out} has no checkpoint ({path.name}); leave out --resume")
+    example = {"report": {"mimi": {...: 0}, "step": 1, "seconds": 0, ...: 0}, "checks": {...: 0}}
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get("json", "").encode()
+        saved = from_json(text, example, f"{path} is damaged; train the codec again")
+        if saved["report"]["mimi"] != shape:
+            raise ValueError(f"{out} has another shape than --shape; give --shape {out}/mimi.json")
+        check_like(saved["checks"], {name: 0 for name, _ in unused(mimi)}, f"{path}: checks")
+        device = next(mimi.parameters()).device
+        tensors = checkpoint.load_tensors(path, state(mimi, optimizer), device)
+        torch.set_rng_state(tensors["rng"].cpu())
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); train the codec again") from None
+    mimi.load_state_dict({name: tensors[name] for name in mimi.state_dict()})
+    checkpoint.restore_moments(tensors, mimi, optimizer)
+    for name, module in unused(mimi):
+        module._next_unused_check = saved["checks"][name]
+    return saved["report"]
 
 
 def training_step(
@@ -198,7 +221,10 @@ def training_step(
     out, _, penalty = reconstruct(mimi, wav)
     distance = mel_distance(out[:, 0], wav[:, 0])
     (distance + 0.05 * penalty + 0.1 * (out - wav).abs().mean()).backward()
-    nn.utils.clip_grad_norm_(mimi.parameters(), 1.0)
+    norm = nn.utils.clip_grad_norm_(mimi.parameters(), 1.0)
+    if not math.isfinite(distance.item() + norm.item()):
+        lr = optimizer.param_groups[0]["lr"]
+        raise FloatingPointError(f"diverged: step {step + 1}, loss {distance:.3g}, lr {lr:.3g}")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     for buffer in mimi.buffers():
@@ -207,15 +233,27 @@ def training_step(
 
 
 def train(config: CodecConfig) -> dict:
-    """Train in float32, with a checkpoint every `save_every` steps; returns the report saved."""
+    """Train in float32, with a checkpoint every `save_every` steps; returns the report saved.
+
+    Raises FloatingPointError where it diverges, and SystemExit after SIGTERM or SIGINT.
+    """
+    with lock(config.out), catch_signals() as caught:
+        return _train(config, caught)
+
+
+def _train(config: CodecConfig, caught: Callable[[], int]) -> dict:
     # bfloat16 fails on CPUs with AMX: oneDNN of torch 2.9 computes one of the convolutions wrongly.
     device, shape = resolve_device(config.device), read_shape(config.shape)
     torch.manual_seed(config.seed)
     mimi = build(shape).to(device).train()
     initialise(mimi)
     optimizer = torch.optim.AdamW(mimi.parameters(), lr=config.lr, betas=(0.8, 0.99), fused=True)
-    report = load(mimi, optimizer, config.out, shape) if config.resume else dict(step=0, seconds=0)
-    config.out.mkdir(parents=True, exist_ok=True)
+    report = dict(step=0, seconds=0)
+    if config.resume:
+        report = load(mimi, optimizer, config.out, shape)
+        save(mimi, optimizer, config.out, report)  # a crash may have come between its files
+    elif any(config.out.glob("*.safetensors")):
+        raise ValueError(f"{config.out} holds a codec already; --resume it or change --out")
     wav = (from_files(config) if config.audio else counting(config.minutes, config.seed)).to(device)
     pool, held_out = wav[: -len(wav) // 20], wav[-len(wav) // 20 :]
     size, began = config.frames * mimi.frame_size, time.time() - report["seconds"]
@@ -223,11 +261,15 @@ def train(config: CodecConfig) -> dict:
     for step in (bar := tqdm(range(report["step"], config.max_steps), unit="step")):
         distance, penalty = training_step(config, step, mimi, optimizer, pool)
         bar.set_postfix(mel=f"{distance:.3f}", penalty=f"{penalty:.3f}", refresh=False)
-        if (step + 1) % config.save_every == 0 or step + 1 == config.max_steps:
-            numbers = {"step": step + 1, **evaluate(mimi, held_out)}
+        done, stop = step + 1, caught()
+        if done % config.save_every == 0 or done == config.max_steps or stop:
+            numbers = {"step": done, **evaluate(mimi, held_out)}
             bar.write(str(numbers))
             report = {"mimi": shape, **numbers, "seconds": round(time.time() - began)}
             save(mimi, optimizer, config.out, report)
+        if stop and done < config.max_steps:
+            bar.write(f"stopped; --resume continues after step {done}")
+            raise SystemExit(128 + stop)
     return report
 
 
