@@ -79,7 +79,7 @@ def prepare(config: PrepareConfig) -> None:
             encode(config, files, codec, journal, settings)
             required = ("val",) if config.val_fraction == 1 else SPLITS
             try:
-                write(journal, out, codec, required, **settings)
+                write(journal, settings, out, codec, required)
             except ValueError:  # for which the same journal is no help
                 journal.unlink()
                 raise
@@ -127,10 +127,12 @@ def recover(journal: BinaryIO, head: bytes, overwrite: bool) -> int:
     return len(lengths)
 
 
-def write(journal: Path, out: Path, codec: Codec, required: Sequence[Split], **settings: Any) -> None:
+def write(
+    journal: Path, settings: dict[str, Any], out: Path, codec: Codec, required: Sequence[Split]
+) -> None:
     """Turn the journal into the data folder."""
     example, skipped = {"split": SPLITS, "file": "", "group": "", "codes": ""}, 0
-    with open(journal, "rb") as lines, DatasetWriter(out, codec, required, **settings) as writer:
+    with open(journal, "rb") as lines, DatasetWriter(out, codec, required, settings) as writer:
         next(lines)
         for text in lines:
             if text.startswith(b'{"skipped"'):

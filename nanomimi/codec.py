@@ -10,6 +10,7 @@ import copy
 import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -17,7 +18,7 @@ from huggingface_hub.utils import logging
 from moshi.models import MimiModel, loaders
 from moshi.modules.transformer import StreamingMultiheadAttention
 from moshi.utils.compile import no_cuda_graph
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -56,12 +57,18 @@ class Codec:
                 f"--num_codebooks must be 1 to {most} for {source}; got {num_codebooks}"
             )
         try:
-            mimi = loaders.get_mimi(path, shape, device, num_codebooks)
-        except (RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:120]
-            raise ValueError(
-                f"{path} and {shape_path.name} beside it do not hold this Mimi ({reason})"
-            ) from None
+            with safe_open(path, "pt") as file:
+                stored = {name: file.get_slice(name).get_shape() for name in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{path} does not hold a Mimi ({error})") from None
+        # More layers or codebooks than tensors would take long to build.
+        fits = max(most, shape["transformer"]["num_layers"]) <= len(stored)
+        like = build(shape, "meta").state_dict() if fits else {}
+        if stored != {name: list(tensor.shape) for name, tensor in like.items()}:
+            raise ValueError(f"{path} and {shape_path.name} beside it do not hold the same Mimi")
+        mimi = loaders.get_mimi(path, shape, device, num_codebooks)
+        if not all(tensor.isfinite().all() for tensor in mimi.state_dict().values()):
+            raise ValueError(f"{path} holds weights that are not finite")
         return cls(mimi, source, hashlib.sha256(path.read_bytes()).hexdigest())
 
     def with_shared_weights(self) -> "Codec":
@@ -134,15 +141,26 @@ class Codec:
 KYUTAI: dict = loaders._mimi_config  # the shape of Kyutai's Mimi
 
 
-def build(shape: dict) -> MimiModel:
-    """An untrained Mimi of that shape; its codebooks are zero."""
-    return loaders.get_mimi(None, shape, num_codebooks=shape["quantizer"]["n_q"])
+def build(shape: dict, device: torch.device | str = "cpu") -> MimiModel:
+    """An untrained Mimi of that shape; its codebooks are zero. ValueError where moshi has none."""
+    try:
+        return loaders.get_mimi(None, shape, device, num_codebooks=shape["quantizer"]["n_q"])
+    except (RuntimeError, AssertionError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ValueError(f"moshi cannot build this Mimi ({reason})") from None
 
 
 def read_shape(path: Path) -> dict:
     """The shape in a .json of a Mimi, in moshi's terms. Raises FileNotFoundError, ValueError."""
-    example = {"mimi": KYUTAI, ...: 0}
+    example = {"mimi": _numbers_free(KYUTAI), ...: 0}
     return read_json(path, example, "it does not describe a Mimi; remove it")["mimi"]
+
+
+def _numbers_free(example: Any) -> Any:
+    """The example of check_like that allows other numbers, but no other words and switches."""
+    if isinstance(example, dict):
+        return {key: _numbers_free(value) for key, value in example.items()}
+    return (example,) if isinstance(example, (str, bool)) else example
 
 
 def _weights(source: str) -> Path:

@@ -44,7 +44,7 @@ class DatasetWriter:
     """
 
     def __init__(
-        self, out: Path, codec: Codec, required: Sequence[Split] = SPLITS, **settings: Any
+        self, out: Path, codec: Codec, required: Sequence[Split] = SPLITS, settings: Any = None
     ) -> None:
         """`required`: the splits that may not stay empty; `settings`: how the data were made."""
         self.out, self.codec, self.required, self.settings = out, codec, required, settings
@@ -110,7 +110,7 @@ class DatasetWriter:
             **{name: getattr(self.codec, name) for name in copied},
             "dtype": self.dtype.name,
             "splits": {split: counts(split) for split in SPLITS},
-            "settings": self.settings,
+            "settings": self.settings or {},
         }
 
     def _write(self, split: Split, codes: Tensor) -> None:

@@ -174,7 +174,7 @@ def test_files_that_are_not_this_codec_are_refused(random_mimi, tmp_path):
     with pytest.raises(ValueError, match="does not describe a Mimi"):
         Codec.load(str(tmp_path / "alone.safetensors"), 4)
     (tmp_path / "text.safetensors").write_text("no weights")
-    with pytest.raises(ValueError, match="do not hold"):
+    with pytest.raises(ValueError, match="does not hold a Mimi"):
         Codec.load(str(tmp_path / "text.safetensors"), 4)
     (tmp_path / "model.pt").write_bytes(b"")
     with pytest.raises(ValueError, match="must be a .safetensors"):
