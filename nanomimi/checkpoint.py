@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from nanomimi.config import check_like, from_json, naming, read_json, replacing
+from nanomimi.config import check_like, from_json, naming, read_file, read_json, replacing
 from nanomimi.data import META
 from nanomimi.flat import FlatLM
 from nanomimi.hierarchical import HierarchicalLM
@@ -136,7 +136,7 @@ def load_tensors(
     path: Path, like: Mapping[str, Tensor], device: torch.device | str
 ) -> dict[str, Tensor]:
     """The file's tensors, whose names, shapes and dtypes must be those of `like`, and finite."""
-    if not path.exists():
+    if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, though run.json names it; train the run again")
     try:
         tensors = load_file(path, device=str(device))
@@ -166,7 +166,7 @@ class Log:
         self.path, self.silent = path, silent
         if not silent:
             # Steps that were logged after the last checkpoint will be done again.
-            lines = path.read_bytes().splitlines() if path.exists() else []
+            lines = read_file(path).splitlines() if path.exists() else []
             kept = [text for text in lines if _step(text) <= start]
             with replacing(path) as new:
                 new.write_bytes(b"".join(text + b"\n" for text in kept))

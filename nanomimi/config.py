@@ -82,7 +82,14 @@ def run_script(config: type[C], main: Callable[[C], Any], doc: str | None = None
 
 def read_json(path: Path, example: Any, remedy: str) -> Any:
     """A JSON file like `example` (see from_json). ValueError and OSError name it."""
-    return from_json(path.read_bytes(), example, f"{path} cannot be used; {remedy}")
+    return from_json(read_file(path), example, f"{path} cannot be used; {remedy}")
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a file. FileNotFoundError for a pipe, too: it would be waited for."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing or not a file")
+    return path.read_bytes()
 
 
 def from_json(text: bytes, example: Any, where: str) -> Any:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nanomimi.codec import Codec
-from nanomimi.config import from_json, naming, read_json
+from nanomimi.config import from_json, naming, read_file, read_json
 from nanomimi.tokens import flatten, separator, unflatten
 
 FORMAT = 2
@@ -177,7 +177,7 @@ class TokenDataset:
         for path, first, end in self.streams:
             index = path.parent / "utterances.jsonl"
             where = f"{index} cannot be used; {AGAIN}"
-            own = [from_json(text, UTTERANCE, where) for text in index.read_bytes().splitlines()]
+            own = [from_json(text, UTTERANCE, where) for text in read_file(index).splitlines()]
             own = [line for line in own if line["split"] == self.split]
             starts = [*(line["first_frame"] for line in own), end - first]
             if starts != list(accumulate((line["num_frames"] + 1 for line in own), initial=1)):

@@ -182,7 +182,7 @@ def unused(mimi: MimiModel) -> list[tuple[str, nn.Module]]:
 def load(mimi: MimiModel, optimizer: torch.optim.Optimizer, out: Path, shape: dict) -> dict:
     """Restore the last checkpoint; returns its report. Raises FileNotFoundError, ValueError."""
     path = out / "training.safetensors"
-    if not path.exists():
+    if not path.is_file():
         raise FileNotFoundError(f"{out} has no checkpoint ({path.name}); leave out --resume")
     example = {"report": {"mimi": {...: 0}, "step": 1, "seconds": 0, ...: 0}, "checks": {...: 0}}
     try:
