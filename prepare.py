@@ -92,9 +92,14 @@ def encode(
     """Append a line to the journal for every recording that it does not have yet."""
     recordings = from_files(files, config, codec.sample_rate) if files else from_digits(config)
     total, unit = (len(files), "file") if files else (round(config.hours * 3600), "s")
-    with naming(journal), open(journal, "a+b") as file, catch_signals() as caught:
-        done = recover(file, json.dumps(settings).encode() + b"\n", config.overwrite)
-        bar, seconds = tqdm(total=total, initial=done if files else 0, unit=unit), 0.0
+    with (
+        naming(journal),
+        open(journal, "a+b") as file,
+        catch_signals() as caught,
+        tqdm(total=total, unit=unit) as bar,
+    ):
+        done, seconds = recover(file, json.dumps(settings).encode() + b"\n", config.overwrite), 0.0
+        bar.update(done if files else 0)
         for recording, codes in encode_all(itertools.islice(recordings, done, None), codec):
             if isinstance(codes, Tensor):
                 line = {"split": recording.split, "file": recording.file, "group": recording.group}

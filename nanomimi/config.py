@@ -47,7 +47,7 @@ class Config:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether the value is of the annotated type; numbers must be finite and below 2^63."""
+    """Whether the value is of the annotated type; numbers must fit 64 bits, or float32."""
     kinds = typing.get_args(kind)
     if typing.get_origin(kind) is Literal:
         return value in kinds
@@ -55,8 +55,9 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, tuple) and all(_fits(v, kinds[0]) for v in value)
     if kinds:  # X | None
         return any(_fits(value, k) for k in kinds)
-    if kind in (int, float) and not isinstance(value, bool):
-        return isinstance(value, (int, kind)) and abs(value) < 2**63
+    if kind in (int, float):
+        fits = isinstance(value, (int, kind)) and not isinstance(value, bool)
+        return fits and abs(value) < (2**63 if kind is int else 2**127)
     return isinstance(value, kind)
 
 
