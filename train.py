@@ -165,6 +165,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             if evaluates:
                 with autocast:
                     results = validate(model, val_batches, train_set.meta)
+                require_finite({**line, "validation": results["nats_per_token"]}, model)
                 codebooks = " ".join(f"{nats:.2f}" for nats in results["nats_per_codebook"])
                 units = "{nats_per_token:.3f} nats/token, {bits_per_second:.0f} bit/s"
                 text = f"step {done}: {units.format(**results)}, per codebook {codebooks}"

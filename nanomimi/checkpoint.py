@@ -62,7 +62,11 @@ def save(
     save_tensors(moments(model, optimizer), _path(folder, "optimizer", step))
     with replacing(folder / "run.json") as new:
         new.write_text(json.dumps({"format": FORMAT, "step": step, **run}, indent=1) + "\n")
-    # All other steps, not only the last one: a crash may have left files.
+    delete_others(folder, step)
+
+
+def delete_others(folder: Path, step: int) -> None:
+    """Delete the files of all other steps: a crash may have left more than those of the last."""
     for path in folder.iterdir():
         match = re.fullmatch(r"(?:model|optimizer)-(\d{6,})\.safetensors(\.tmp)?", path.name)
         if match and (int(match[1]) != step or match[2]):
@@ -95,10 +99,11 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[LanguageMode
 
 
 def load_optimizer(folder: Path, step: int, model: LanguageModel, optimizer: Optimizer) -> None:
-    """Put the moments saved at `step` into a new optimizer of the model's parameters."""
+    """Put the moments saved at `step` into a new optimizer, to go on in the same folder."""
     path = _path(folder, "optimizer", step)
     saved = load_tensors(path, moments(model, optimizer), model.embedding.weight.device)
     restore_moments(saved, model, optimizer)
+    delete_others(folder, step)
 
 
 def _path(folder: Path, kind: str, step: int) -> Path:

@@ -317,6 +317,8 @@ def test_files_of_other_steps_are_deleted_at_the_next_checkpoint(config):
     for name in ("model-000003.safetensors", "optimizer-000004.safetensors", "mine.safetensors"):
         (config.out / name).touch()
     (config.out / "model-000009.safetensors.tmp").touch()
+    train(replace(config, resume=True))  # and when a finished run is resumed, below
+    (config.out / "model-000003.safetensors").touch()
     train(replace(config, resume=True))
     tensors = {f"{kind}-000012.safetensors" for kind in ("model", "optimizer")}
     assert set(contents(config.out)) == {"run.json", "log.jsonl", "mine.safetensors"} | tensors
