@@ -45,7 +45,7 @@ class PrepareConfig(Config):
     split_by: Literal["file", "group"] = option("file", "hold out files, or whole speakers")
     hours: float = option(4.0, "hours of digits to compose from the clips", above=0, at_most=1000)
     seed: int = option(0, "seed of the split, the order and the composed digits", at_least=0)
-    device: str = option("auto", "auto, cpu or cuda")
+    device: str = option("auto", "auto, cpu, cuda or mps")
     overwrite: bool = option(False, "replace what other arguments have prepared in --out")
 
 

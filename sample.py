@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from einops import rearrange, repeat
@@ -26,7 +27,7 @@ from nanomimi import checkpoint
 from nanomimi.audio import STDOUT, open_wav, read_audio
 from nanomimi.codec import CHUNK_SECONDS, Codec
 from nanomimi.config import Config, option, run_script
-from nanomimi.distributed import resolve_device
+from nanomimi.distributed import resolve_device, resolve_dtype
 from nanomimi.lm import LanguageModel
 from nanomimi.sampling import make_sampler
 from nanomimi.tokens import separator
@@ -44,7 +45,9 @@ class SampleConfig(Config):
     top_p: float = option(1.0, "draw from the likeliest with this share", above=0, at_most=1)
     seed: int = option(0, "seed of the draws", at_least=0)
     codec: str | None = option(None, "where the codec is now, if not where prepare.py found it")
-    device: str = option("auto", "auto, cpu or cuda")
+    device: str = option("auto", "auto, cpu, cuda or mps")
+    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "auto: bfloat16 on a GPU")
+    replay: bool = option(True, "record a decoding step and replay it")
     stream: bool = option(False, "write audio frame by frame, in constant memory")
     out: Path = option(Path("samples"), "folder for the wavs; -: 16-bit samples to standard output")
 
@@ -55,6 +58,7 @@ def sample(config: SampleConfig) -> list[Path]:
         raise ValueError("--out - is one stream: it needs --stream --num_samples 1")
     device = resolve_device(config.device)
     model, run = checkpoint.load(config.run, device)
+    model.to(resolve_dtype(config.dtype, device, measure=False))
     codec = Codec.load(config.codec or run["data"]["codec"], model.num_codebooks, device)
     if codec.sha256 != run["data"]["codec_sha256"]:
         raise ValueError(
@@ -68,7 +72,7 @@ def sample(config: SampleConfig) -> list[Path]:
     start = time.time()
     sampler = make_sampler(config.temperature, config.top_k, config.top_p, config.seed, device)
     num_frames = max(1, round(config.seconds * codec.frame_rate))
-    frames = model.generate(prompt, num_frames, sampler, config.num_samples)
+    frames = model.generate(prompt, num_frames, sampler, config.num_samples, config.replay)
     frames = iter(tqdm(frames, total=num_frames, unit="frame"))
     block = 1 if config.stream else round(CHUNK_SECONDS * codec.frame_rate)
     # The separator at the start of the prompt has no sound.

@@ -2,6 +2,7 @@
 
     python train.py                                             the digits, on two CPU cores
     python train.py --data data/mine --out runs/mine --n_layer 12 --n_embd 768 --lr 3e-4
+    python train.py --init_from meta-llama/Llama-3.2-1B ...     start from a text Llama, or a run
     torchrun --nproc_per_node 8 train.py --data data/mine ...   the same batches, on eight GPUs
     python train.py --out runs/mine --resume                    continue a run that was stopped
 
@@ -13,7 +14,7 @@ import contextlib
 import json
 import math
 import signal
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,16 +24,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from nanomimi import checkpoint
+from nanomimi import checkpoint, weights
 from nanomimi.config import Config, option, parse, run_script
 from nanomimi.data import SPLITS, TokenDataset
-from nanomimi.distributed import (
-    catch_signals,
-    init_processes,
-    lock,
-    resolve_device,
-    resolve_dtype,
-)
+from nanomimi.distributed import catch_signals, compile_model, init_processes, lock
+from nanomimi.distributed import resolve_device, resolve_dtype
 from nanomimi.llama import LlamaConfig
 from nanomimi.lm import summarize
 
@@ -42,6 +38,7 @@ class TrainConfig(Config):
     data: tuple[Path, ...] = option((Path("data/digits"),), "folders written by prepare.py")
     out: Path = option(Path("runs/digits"), "run folder to write")
     arch: Literal["flat", "hierarchical"] = option("flat", "one Llama, or one inside another")
+    init_from: str | None = option(None, "run, or a Llama in a folder or on the hub, to start from")
     num_codebooks: int = option(4, "codebooks to model, the first of those prepared", at_least=1)
     max_frames: int = option(128, "context in frames, 80 ms each", at_least=2)
     n_layer: int = option(4, "layers", at_least=1)
@@ -51,6 +48,7 @@ class TrainConfig(Config):
     n_hidden: int | None = option(None, "width of the MLP, default: 8/3 n_embd", at_least=1)
     rope_theta: float = option(10000.0, "base of the rotary position embedding", above=1)
     tied: bool | None = option(None, "flat only: the head shares the embedding's weights")
+    start_positions: int | None = option(None, "flat only: see weights.py", at_least=1)
     depth_n_layer: int | None = option(None, "hierarchical only: layers inside a frame", at_least=1)
     depth_n_head: int | None = option(None, "its attention heads", at_least=1)
     depth_n_embd: int | None = option(None, "its width", at_least=2)
@@ -66,7 +64,7 @@ class TrainConfig(Config):
     weight_decay: float = option(0.1, "AdamW's weight decay, on matrices only", at_least=0)
     grad_clip: float = option(1.0, "largest norm of the gradient", above=0)
     seed: int = option(0, "seed of the weights and of the order of the data", at_least=0)
-    device: str = option("auto", "auto, cpu or cuda")
+    device: str = option("auto", "auto, cpu, cuda or mps")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "auto: the faster one")
     compile: bool | None = option(None, "compile the model; default: on a GPU only")
     log_every: int = option(20, "steps between log lines", at_least=1)
@@ -99,7 +97,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         device, rank, world_size = processes
         dtype = resolve_dtype(config.dtype, device)
         # Autocast computes products in bfloat16; weights and the residual stream stay in float32.
-        autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype != torch.float32)
         train_set, val_batches = load_data(config, world_size)
         run = describe(config, train_set.meta, dtype)
         if rank == 0:
@@ -107,15 +105,19 @@ def train(config: TrainConfig) -> dict[str, Any]:
         caught = stack.enter_context(catch_signals())
 
         torch.manual_seed(config.seed)
-        model = checkpoint.build(run["model"]).to(device)
+        source = None if config.resume else config.init_from
+        model, started = weights.start(run, source, device)
         optimizer = make_optimizer(model, config)
         start = resume(config, run, model, optimizer)
         log = checkpoint.Log(config.out / "log.jsonl", start, silent=rank > 0)
         size = sum(p.numel() for p in model.parameters())
-        log.say(f"{size / 1e6:.2f}M parameters, {device}, {dtype}, processes: {world_size}")
-        if config.compile or (config.compile is None and device.type == "cuda"):
-            model.compile()  # in place, so that the names of the weights stay the same
+        about = f"{size / 1e6:.2f}M parameters{started}, {device}, {dtype}"
+        log.say(f"{about}, processes: {world_size}")
         parallel = DistributedDataParallel(model) if world_size > 1 else model
+        if config.compile or (config.compile is None and device.type == "cuda"):
+            shape = config.batch_size // world_size, (config.max_frames + 1) * config.num_codebooks
+            tokens = torch.zeros(shape, dtype=torch.long, device=device)
+            compile_model(model, parallel, tokens, autocast)
 
         results: dict[str, Any] = {}
         frames_per_step = config.grad_accum * config.batch_size * config.max_frames
@@ -132,6 +134,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 tokens = train_set.train_batch(
                     index, config.batch_size, config.max_frames, config.seed, rank, world_size
                 )
+                if device.type == "cuda":  # a copy from pinned memory does not wait for the GPU
+                    tokens = tokens.pin_memory().to(device, non_blocking=True)
                 # Processes average their gradients once a step, in its last backward pass.
                 alone = world_size == 1 or last
                 with contextlib.nullcontext() if alone else parallel.no_sync():
@@ -163,7 +167,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 log.say("", **line, tokens_per_second=rate)
                 bar.set_postfix_str(f"loss {line['loss']:.3f} nats/token, {rate:,.0f} tokens/s")
             if evaluates:
-                with autocast:
+                with autocast, torch.compiler.set_stance("force_eager"):  # compile training alone
                     results = validate(model, val_batches, train_set.meta)
                 require_finite({**line, "validation": results["nats_per_token"]}, model)
                 codebooks = " ".join(f"{nats:.2f}" for nats in results["nats_per_codebook"])
@@ -212,7 +216,7 @@ def describe(config: TrainConfig, meta: dict[str, Any], dtype: torch.dtype) -> d
     given = {name: getattr(config, name) for name in options if getattr(config, name) is not None}
     if foreign := sorted(given.keys() - checkpoint.MODELS[config.arch].OPTIONS):
         raise ValueError(f"--{foreign[0]} does not go with --arch {config.arch}; leave it out")
-    llama = LlamaConfig(
+    llama = dict(
         n_layer=config.n_layer,
         n_head=config.n_head,
         n_kv_head=config.n_kv_head or config.n_head,
@@ -221,8 +225,11 @@ def describe(config: TrainConfig, meta: dict[str, Any], dtype: torch.dtype) -> d
         n_hidden=config.n_hidden or 64 * math.ceil(config.n_embd * 8 / 3 / 64),
         rope_theta=config.rope_theta,
     )
+    # norm_eps, head_dim and RoPE scaling have no flag: they come with the weights to start from.
+    source = config.out if config.resume else config.init_from
+    llama = (weights.read_model(source)["llama"] if source else asdict(LlamaConfig(**llama))) | llama
     model = {name: getattr(config, name) for name in ("arch", "num_codebooks", "max_frames")}
-    model |= {"codebook_size": meta["codebook_size"], "llama": asdict(llama), "options": given}
+    model |= {"codebook_size": meta["codebook_size"], "llama": llama, "options": given}
     # The dtype that auto chose is saved, so that a resumed run cannot choose another.
     settings = asdict(replace(config, dtype=str(dtype).removeprefix("torch.")))
     return {"model": model, "config": json.loads(json.dumps(settings, default=str)), "data": meta}
@@ -258,10 +265,16 @@ def resume(
 
 def main(config: TrainConfig) -> None:
     if config.resume:
-        saved = checkpoint.read(config.out)["config"]
-        if lost := sorted(asdict(config).keys() ^ saved.keys()):
-            raise ValueError(f"{config.out}/run.json is not of this train.py ({lost[0]})")
-        saved = {**saved, "data": [Path(path) for path in saved["data"]], "resume": True}
+        run = checkpoint.read(config.out)
+        if not run["step"]:
+            raise ValueError(f"{config.out} is not trained; use --init_from {config.out} and --out")
+        saved = {**run["config"], "data": [Path(path) for path in run["config"]["data"]], "resume": True}
+        if lost := [f.name for f in fields(config) if f.default is not None and f.name not in saved]:
+            raise ValueError(f"{config.out}/run.json lacks the setting {lost[0]}; train the run again")
+        config = parse(TrainConfig, doc=__doc__, defaults=saved)
+    elif config.init_from:
+        saved = weights.read_model(config.init_from)
+        saved = {**saved, **saved["llama"], **saved.get("options", {})}
         config = parse(TrainConfig, doc=__doc__, defaults=saved)
     train(config)
 

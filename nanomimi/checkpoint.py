@@ -35,7 +35,7 @@ MODELS: dict[str, type[LanguageModel]] = {"flat": FlatLM, "hierarchical": Hierar
 SIZES = {"num_codebooks": 1, "codebook_size": 1, "max_frames": 1}
 RUN = {  # an example of run.json; build knows what belongs to an architecture
     "format": (FORMAT,),
-    "step": 1,
+    "step": 0,  # of imported weights
     "model": {"arch": tuple(MODELS), **SIZES, "llama": {...: 0}, "options": {...: 0}},
     "config": {"data": [""], ...: 0},
     "data": {**META, "splits": [META["splits"]]},
@@ -45,8 +45,10 @@ RUN = {  # an example of run.json; build knows what belongs to an architecture
 def build(model: dict[str, Any]) -> LanguageModel:
     """The model that run.json's "model" describes, with new weights, or ValueError."""
     kind, scaling = MODELS[model["arch"]], model["llama"].get("rope_scaling")
-    llama = LlamaConfig(1, 1, 1, 2, 1, rope_scaling=scaling and RopeScaling(1.0))
-    check_like(model["llama"], asdict(llama), "llama")
+    head_dim = model["llama"].get("head_dim") and 2
+    llama = LlamaConfig(1, 1, 1, 2, 1, rope_scaling=scaling and RopeScaling(1.0), head_dim=head_dim)
+    optional = {key for key, value in asdict(llama).items() if value is None} - model["llama"].keys()
+    check_like(model["llama"], {k: v for k, v in asdict(llama).items() if k not in optional}, "llama")
     options = {name: kind.OPTIONS[name] for name in kind.OPTIONS if name in model["options"]}
     check_like(model["options"], options, "options")
     llama = LlamaConfig(**{**model["llama"], "rope_scaling": scaling and RopeScaling(**scaling)})
@@ -55,11 +57,12 @@ def build(model: dict[str, Any]) -> LanguageModel:
 
 
 def save(
-    folder: Path, step: int, model: LanguageModel, optimizer: Optimizer, run: dict[str, Any]
+    folder: Path, step: int, model: LanguageModel, optimizer: Optimizer | None, run: dict[str, Any]
 ) -> None:
     """Write a checkpoint. `run` has the entries "model" (see build), "config" and "data"."""
     save_tensors(model.state_dict(), _path(folder, "model", step))
-    save_tensors(moments(model, optimizer), _path(folder, "optimizer", step))
+    if optimizer is not None:  # imported weights have none
+        save_tensors(moments(model, optimizer), _path(folder, "optimizer", step))
     with replacing(folder / "run.json") as new:
         new.write_text(json.dumps({"format": FORMAT, "step": step, **run}, indent=1) + "\n")
     delete_others(folder, step)
@@ -140,7 +143,7 @@ def save_tensors(
 def load_tensors(
     path: Path, like: Mapping[str, Tensor], device: torch.device | str
 ) -> dict[str, Tensor]:
-    """The file's tensors, whose names, shapes and dtypes must be those of `like`, and finite."""
+    """The file's tensors in the dtypes of `like`. Raises FileNotFoundError, and as check_tensors."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, though run.json names it; train the run again")
     try:
@@ -148,17 +151,20 @@ def load_tensors(
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error})") from None
     check_tensors(tensors, like, path)
-    # Cloned: a loaded tensor may be a view of the file, and the optimizer writes into it.
-    return {name: tensor.clone() for name, tensor in tensors.items()}
+    # Copied: a loaded tensor may be a view of the file, and the optimizer writes into it.
+    return {name: t.to(like[name].dtype, copy=True) for name, t in tensors.items()}
 
 
 def check_tensors(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor], path: Path) -> None:
-    """ValueError where names, shapes or dtypes differ, or a number is not finite."""
+    """ValueError where names, shapes or dtypes differ, or a number is not finite.
+
+    Weights may be in 16 bits, as imported ones are.
+    """
     for name in sorted(tensors.keys() ^ like.keys()):
         raise ValueError(f"{path} {'has' if name in tensors else 'lacks'} the tensor {name}")
     for name, tensor in tensors.items():
         kinds = [f"{t.dtype} {tuple(t.shape)}" for t in (tensor, like[name])]
-        if kinds[0] != kinds[1]:
+        if kinds[0].replace("bfloat16", "float32").replace("float16", "float32") != kinds[1]:
             raise ValueError(f"{path}: {name} is {kinds[0]}, not {kinds[1]}")
         if not tensor.isfinite().all():
             raise ValueError(f"{path}: {name} is not finite")

@@ -8,6 +8,7 @@ quantizes what the ones before it left over.
 import contextlib
 import copy
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,13 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.utils import logging
+
+# moshi's switches. Chunks differ in length, which its CUDA graphs do not allow. Compiling would
+# take a C compiler and half a minute. Both hold for the process, because threads share them.
+os.environ.update(NO_CUDA_GRAPH="1", NO_TORCH_COMPILE="1")
+
 from moshi.models import MimiModel, loaders
 from moshi.modules.transformer import StreamingMultiheadAttention
-from moshi.utils.compile import no_cuda_graph
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
@@ -40,6 +45,9 @@ class Codec:
         self.sample_rate, self.frame_rate = mimi.sample_rate, mimi.frame_rate
         self.frame_size, self.codebook_size = mimi.frame_size, mimi.cardinality
         self.num_codebooks, self.device = mimi.num_codebooks, next(mimi.parameters()).device
+        # Convolutions in TF32, a GPU's default, round enough to change codes. The switch is the
+        # process's; nothing else here has convolutions.
+        torch.backends.cudnn.allow_tf32 = False
 
     @classmethod
     def load(cls, source: str, num_codebooks: int, device: torch.device | str = "cpu") -> "Codec":
@@ -118,8 +126,7 @@ class Codec:
         overwrite keys that its first ones still need. Here they have room for a chunk as well.
         """
         chunk = round(CHUNK_SECONDS * self.mimi.encoder_frame_rate)
-        # moshi's CUDA graphs need chunks of one length; the last chunk is shorter.
-        with no_cuda_graph(), self.mimi.streaming(batch_size):
+        with self.mimi.streaming(batch_size):
             for module in self.mimi.modules():
                 if isinstance(module, StreamingMultiheadAttention):
                     old = module._streaming_state.kv_cache

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 C = TypeVar("C", bound="Config")
+ONE_LINE = (ValueError, OSError, NotImplementedError, FloatingPointError)  # no traceback
 BOUNDS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le}
 
 
@@ -62,12 +63,13 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def parse(config: type[C], argv: list[str] | None = None, doc: str = "", defaults: Any = None) -> C:
-    """Command line -> configuration. `defaults` replaces the defaults of fields."""
+    """Command line -> configuration. `defaults` replaces the defaults of those that are fields."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=_Help, allow_abbrev=False)
     for f in fields(config):
         _add(parser, f)
     # argparse passes a string default through the flag's type: text from JSON becomes a Path.
-    parser.set_defaults(**defaults or {})
+    names = {f.name for f in fields(config)}
+    parser.set_defaults(**{k: v for k, v in (defaults or {}).items() if k in names})
     values = vars(parser.parse_args(argv))
     return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
@@ -76,7 +78,7 @@ def run_script(config: type[C], main: Callable[[C], Any], doc: str | None = None
     """A script's last line: parse, call `main`, print errors that a user can fix as one line."""
     try:
         main(parse(config, doc=doc))
-    except (ValueError, OSError, FloatingPointError, KeyboardInterrupt) as error:
+    except (*ONE_LINE, KeyboardInterrupt) as error:
         print(f"{Path(sys.argv[0]).name}: {str(error) or 'interrupted'}", file=sys.stderr)
         sys.exit({KeyboardInterrupt: 130, FloatingPointError: 1}.get(type(error), 2))
 

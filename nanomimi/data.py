@@ -54,10 +54,15 @@ class DatasetWriter:
 
     def __enter__(self) -> "DatasetWriter":
         self.out.mkdir(parents=True, exist_ok=True)
-        self._bins: dict[Split, BinaryIO] = {s: open(self._new(f"{s}.bin"), "wb") for s in SPLITS}
+        self._bins: dict[Split, BinaryIO] = {}
         self._index = open(self._new("utterances.jsonl"), "w")
-        for split in SPLITS:
-            self._write(split, separator(self.codec.num_codebooks, self.codec.codebook_size))
+        try:
+            for split in SPLITS:
+                self._bins[split] = open(self._new(f"{split}.bin"), "wb")
+                self._write(split, separator(self.codec.num_codebooks, self.codec.codebook_size))
+        except OSError as error:
+            self.__exit__(OSError, error, None)
+            raise
         return self
 
     def add(self, split: Split, codes: Tensor, file: str, group: str) -> None:
@@ -90,7 +95,7 @@ class DatasetWriter:
                 raise ValueError(f"nothing was prepared: no utterance for {' or '.join(empty)}")
             if kind is None:
                 with naming(self._new("meta.json")):
-                    self._new("meta.json").write_text(json.dumps(self._meta(), indent=1) + "\n")
+                    self._new("meta.json").write_text(json.dumps(self.meta(), indent=1) + "\n")
                 # meta.json goes first and comes last: without it, there are no data.
                 (self.out / "meta.json").unlink(missing_ok=True)
                 for name in names:
@@ -99,7 +104,7 @@ class DatasetWriter:
             for name in names:
                 self._new(name).unlink(missing_ok=True)
 
-    def _meta(self) -> dict[str, Any]:
+    def meta(self) -> dict[str, Any]:
         copied = "num_codebooks codebook_size frame_rate sample_rate".split()
         counts = lambda split: {"utterances": self.utterances[split], "frames": self.frames[split]}
         return {

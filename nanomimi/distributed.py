@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 
 def resolve_device(name: str) -> torch.device:
@@ -22,7 +23,7 @@ def resolve_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0][:100]
         raise ValueError(f"--device {name} cannot be used ({reason}); try --device cpu") from None
 
 
@@ -98,22 +99,43 @@ def catch_signals() -> Iterator[Callable[[], int]]:
             signal.signal(number, handler)
 
 
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 where the device multiplies matrices clearly faster in it."""
+def resolve_dtype(name: str, device: torch.device, measure: bool = True) -> torch.dtype:
+    """`auto`: bfloat16 where the device multiplies matrices clearly faster in it.
+
+    With `measure` false, only on a GPU: float32 gives the same numbers on every CPU.
+    """
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if fast else torch.float32
+    if device.type != "cpu" or not measure:
+        return torch.float32
     # CPUs are measured: with matrix instructions bfloat16 wins, without them it may lose tenfold.
     seconds = {dtype: math.inf for dtype in (torch.float32, torch.bfloat16)}
-    for _ in range(30):
+    for i in range(30):
         for dtype in seconds:  # in turns, so that other work on the machine disturbs both alike
             a = torch.ones(512, 512, dtype=dtype, device=device)
             start = time.perf_counter()
             a @ a
             seconds[dtype] = min(seconds[dtype], time.perf_counter() - start)
+        if i > 2 and seconds[torch.bfloat16] > 3 * seconds[torch.float32]:
+            break  # all thirty products would take ten seconds here
     fast = [seconds[torch.float32] > 1.3 * seconds[torch.bfloat16]]
     if dist.is_initialized():
         dist.broadcast_object_list(fast)  # processes of one run must agree
     return torch.bfloat16 if fast[0] else torch.float32
+
+
+def compile_model(
+    model: nn.Module, parallel: nn.Module, tokens: Tensor, autocast: torch.autocast
+) -> None:
+    """Compile `model` in place by a first pass through `parallel`, or say why it stays eager."""
+    model.compile()  # in place, so that the names of the weights stay the same
+    try:
+        with getattr(parallel, "no_sync", contextlib.nullcontext)(), autocast:
+            parallel(tokens).mean().backward()
+    except RuntimeError as error:  # dynamo's and inductor's are; the model's own would come again
+        model.compile(disable=True)
+        print(f"training is not compiled ({' '.join(str(error).split())[:120]})")
+    model.zero_grad(set_to_none=True)

@@ -22,11 +22,19 @@ from nanomimi.lm import LanguageModel, Sampler
 class FlatLM(LanguageModel):
     """Embedding, one Llama, a head per codebook."""
 
-    OPTIONS = {"tied": True}
+    OPTIONS = {"tied": True, "start_positions": 1}
 
-    def __init__(self, config: LlamaConfig, *sizes: int, tied: bool = False) -> None:
-        """`sizes` as in LanguageModel; `tied`: the head shares the embedding's weights."""
+    def __init__(
+        self, config: LlamaConfig, *sizes: int, tied: bool = False, start_positions: int = 0
+    ) -> None:
+        """`sizes` as in LanguageModel; `tied`: the head shares the embedding's weights;
+        `start_positions`: of the first frame, the model sees only so many last tokens (0: all).
+        """
         super().__init__(config, *sizes)
+        self.unseen = self.num_codebooks - (start_positions or self.num_codebooks)
+        if self.unseen < 0:
+            most = f"{self.num_codebooks} positions of a frame"
+            raise ValueError(f"--start_positions {start_positions} exceeds the {most}")
         shape = (self.num_codebooks, self.num_classes, config.n_embd)
         self.lm_head = None if tied else nn.Parameter(torch.randn(shape) * 0.02)
 
@@ -38,17 +46,17 @@ class FlatLM(LanguageModel):
         return rearrange(self.embedding.weight, "(q v) c -> q v c", q=self.num_codebooks)
 
     def num_positions(self, num_frames: int) -> int:
-        return num_frames * self.num_codebooks
+        return num_frames * self.num_codebooks - self.unseen
 
     def embed(self, tokens: Tensor) -> Tensor:
-        return self.embedding(tokens)
+        return self.embedding(tokens[:, self.unseen :])
 
     def forward(self, tokens: Tensor) -> Tensor:
         q = self.num_codebooks
         hidden = self.backbone(self.embed(tokens[:, :-1]))
         # The last token of the first frame predicts the first target. Sorted by codebook, one
         # batched product scores all positions and no class of another codebook is computed.
-        hidden = rearrange(hidden[:, q - 1 :], "b (t q) c -> q (b t) c", q=q)
+        hidden = rearrange(hidden[:, q - 1 - self.unseen :], "b (t q) c -> q (b t) c", q=q)
         logits = einsum(hidden, self.head, "q n c, q v c -> q n v")
         codes = rearrange(tokens[:, q:] % self.num_classes, "b (t q) -> (q b t)", q=q)
         # In float32: autocast's bfloat16 has too few digits for the log of a sum of exponentials.
@@ -62,5 +70,5 @@ class FlatLM(LanguageModel):
         (backbone,), tokens = steps, []
         for q in range(self.num_codebooks):
             tokens.append(self.draw(hidden[:, -1] @ self.head[q].T, q, sampler))
-            hidden = backbone(self.embed(tokens[-1]))
+            hidden = backbone(self.embedding(tokens[-1]))
         return torch.cat(tokens, dim=1), hidden

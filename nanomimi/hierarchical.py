@@ -30,7 +30,7 @@ def csm_depth(config: LlamaConfig, **changes: int) -> LlamaConfig:
     CSM-1B: 16 layers, width 2048, 32 heads, hidden 8192; depth decoder 4, 1024, 8 and 8192.
     """
     shape = {"n_layer": max(1, config.n_layer // 4), "n_head": max(1, config.n_head // 4)}
-    shape |= {"n_embd": config.n_embd // 2, **changes}
+    shape |= {"n_embd": config.n_embd // 2, "head_dim": None, **changes}
     shape["n_kv_head"] = max(1, shape["n_head"] * config.n_kv_head // config.n_head)
     try:
         return replace(config, **shape)
@@ -73,19 +73,21 @@ class HierarchicalLM(LanguageModel):
             inside = torch.cat([first, embedded[:, 1:, :-1]], dim=2)
             inside = self.projection(rearrange(inside, "b t q c -> (b t) q c"))
             # Autocast projects to bfloat16; the residual stream keeps the embedding's precision.
-            inside = self.depth(inside.to(embedded.dtype))
+            # CUDA's attention fails on 65,536 rows or more (pytorch issue 146704).
+            parts = inside.to(embedded.dtype).split(65535)
+            inside = torch.cat([self.depth(part) for part in parts])
             logits += [einsum(inside[:, 1:], self.depth_head, "n q c, q v c -> n q v")]
         codes = rearrange(tokens[:, q:] % self.num_classes, "b (t q) -> (b t q)", q=q)
         logits = rearrange(torch.cat(logits, dim=1), "n q v -> (n q) v").float()
         nats = F.cross_entropy(logits, codes, reduction="none")
         return rearrange(nats, "(b t q) -> b t q", q=q, b=len(tokens))
 
-    def decode_steps(self, cache: KVCache) -> list[DecodeStep]:
-        steps, rows = super().decode_steps(cache), len(cache.layers[0][0])
+    def decode_steps(self, cache: KVCache, replay: bool = True) -> list[DecodeStep]:
+        steps, rows = super().decode_steps(cache, replay), len(cache.layers[0][0])
         if self.num_codebooks > 1:
             like = self.embedding.weight
             inner = KVCache(self.depth.config, rows, self.num_codebooks, like=like)
-            steps.append(DecodeStep(self.depth, inner))
+            steps.append(DecodeStep(self.depth, inner, replay))
         return steps
 
     def next_frame(

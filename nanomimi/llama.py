@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 
@@ -37,12 +37,14 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
+    head_dim: int | None = None  # default: n_embd / n_head
 
     def __post_init__(self) -> None:
         if self.n_layer > 1000:
             raise ValueError(f"--n_layer must be at most 1000; got {self.n_layer}")
+        head_dim = self.head_dim or self.n_embd / self.n_head
         # RoPE rotates pairs of dimensions, so a head needs an even number of them.
-        if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
+        if head_dim % 2:
             raise ValueError(
                 f"--n_embd must be --n_head times an even number; got {self.n_embd}, {self.n_head}"
             )
@@ -50,10 +52,7 @@ class LlamaConfig:
             raise ValueError(
                 f"--n_head must be a multiple of --n_kv_head; got {self.n_head}, {self.n_kv_head}"
             )
-
-    @property
-    def head_dim(self) -> int:
-        return self.n_embd // self.n_head
+        object.__setattr__(self, "head_dim", int(head_dim))  # the dataclass is frozen
 
 
 class KVCache:
@@ -61,10 +60,12 @@ class KVCache:
 
     def __init__(self, config: LlamaConfig, batch_size: int, max_positions: int, like: Tensor):
         """`like` gives dtype and device."""
-        shape = (batch_size, config.n_kv_head, max_positions, config.head_dim)
+        # Attention on a GPU copies a mask in every layer unless its rows are a multiple of 8 long.
+        self.slots = torch.arange(8 * math.ceil(max_positions / 8), device=like.device)
+        shape = (batch_size, config.n_kv_head, len(self.slots), config.head_dim)
         # Zeros, not uninitialised memory: masked values are multiplied by 0, and NaN * 0 is NaN.
         self.layers = [[like.new_zeros(shape) for _ in "kv"] for _ in range(config.n_layer)]
-        self.slots = torch.arange(max_positions, device=like.device)
+        self.rope, self.group = rope(config, self.slots), config.n_head // config.n_kv_head
         self.length, self.max_positions = 0, max_positions
 
     def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,13 +76,14 @@ class KVCache:
         return keys[:, :, :end], values[:, :, :end]
 
     def mask(self, positions: Tensor) -> Tensor:
-        """(N, M): which of the M slots each of `positions` (N,) attends to."""
-        return self.slots[: self._end(positions)] <= rearrange(positions, "n -> n 1")
+        """(G * N, M), added to scores: -inf where a slot follows a query; G heads share keys."""
+        later = self.slots[: self._end(positions)] > repeat(positions, "n -> (g n) 1", g=self.group)
+        return torch.zeros_like(later, dtype=self.layers[0][0].dtype).masked_fill(later, -torch.inf)
 
     def _end(self, positions: Tensor) -> int | Tensor:
         # CUDA graphs need fixed shapes: attend to the whole cache and mask it. On a CPU it is
         # cheaper to attend to the filled part alone.
-        return self.max_positions if positions.is_cuda else positions[-1] + 1
+        return positions[-1] + 1 if positions.device.type == "cpu" else len(self.slots)
 
     def repeat(self, count: int) -> None:
         """Repeat every row `count` times so that samples share one prefill."""
@@ -134,7 +136,7 @@ class Positions(NamedTuple):
     index: Tensor  # (N,)
     cos: Tensor  # (N, D)
     sin: Tensor  # (N, D)
-    mask: Tensor | None  # (N, M) over the M slots of a cache
+    mask: Tensor | None  # (G * N, M) over the M slots of a cache
 
 
 class Attention(nn.Module):
@@ -144,11 +146,11 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
-        kv_width = config.n_kv_head * config.head_dim
-        self.q_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        width, kv_width = (n * config.head_dim for n in (config.n_head, config.n_kv_head))
+        self.q_proj = nn.Linear(config.n_embd, width, bias=False)
         self.k_proj = nn.Linear(config.n_embd, kv_width, bias=False)
         self.v_proj = nn.Linear(config.n_embd, kv_width, bias=False)
-        self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.o_proj = nn.Linear(width, config.n_embd, bias=False)
 
     def forward(self, x: Tensor, positions: Positions, cache: KVCache | None) -> Tensor:
         # Both h and d are given, so that a recorded step (decode.py) need not compute one of them.
@@ -158,15 +160,19 @@ class Attention(nn.Module):
             for proj in (self.k_proj, self.v_proj)
         )
         q, k = (rotate(part, positions.cos, positions.sin) for part in (q, k))
-        if cache is not None:
-            k, v = cache.update(self.layer, positions.index, k, v)
-        # is_causal aligns the first query with the first key. With a cache the queries are the last
-        # positions, so a cached pass needs the explicit mask.
-        causal, gqa = cache is None, self.n_kv_head < self.n_head
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=positions.mask, is_causal=causal, enable_gqa=gqa
-        )
-        return self.o_proj(rearrange(y, "b h n d -> b n (h d)", h=self.n_head, d=self.head_dim))
+        attend, group = F.scaled_dot_product_attention, self.n_head // self.n_kv_head
+        if cache is None:
+            if q.dtype == torch.float32 and q.device.type != "cpu":
+                # On a GPU, flash attention alone shares keys among heads, and it has no float32.
+                k, v = (repeat(part, "b k n d -> b (k g) n d", g=group) for part in (k, v))
+            y = attend(q, k, v, is_causal=True, enable_gqa=k.shape[1] < q.shape[1])
+            return self.o_proj(rearrange(y, "b h n d -> b n (h d)"))
+        k, v = cache.update(self.layer, positions.index, k, v)
+        # is_causal would align the first query with the first key, but these are the last ones.
+        # With a mask no fast kernel shares keys: the heads of a group become queries of one head.
+        q = rearrange(q, "b (k g) n d -> b k (g n) d", k=self.n_kv_head, g=group)
+        y = attend(q, k, v, attn_mask=positions.mask)
+        return self.o_proj(rearrange(y, "b k (g n) d -> b n (k g d)", g=group, d=self.head_dim))
 
 
 class MLP(nn.Module):
@@ -219,18 +225,18 @@ class Llama(nn.Module):
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """Embeddings (B, N, C) -> hidden states (B, N, C). With a cache, x continues it."""
-        start = 0 if cache is None else cache.length
-        index = torch.arange(start, start + x.shape[1], device=x.device)
         if cache is None:
-            return self.forward_at(index, None, x, None)
+            return self.forward_at(torch.arange(x.shape[1], device=x.device), None, x, None)
+        index = torch.arange(cache.length, cache.length + x.shape[1], device=x.device)
         cache.length += x.shape[1]
         return self.forward_at(index, cache.mask(index), x, cache)
 
     def forward_at(
         self, index: Tensor, mask: Tensor | None, x: Tensor, cache: KVCache | None
     ) -> Tensor:
-        """The same at positions `index` (N,), which attend to the slots that mask (N, M) allows."""
-        positions = Positions(index, *rope(self.config, index), mask)
+        """The same at positions `index` (N,), which attend to what the cache's mask allows."""
+        angles = rope(self.config, index) if cache is None else [t[index] for t in cache.rope]
+        positions = Positions(index, *angles, mask)
         for layer in self.layers:
             x = layer(x, positions, cache)
         return self.norm(x)

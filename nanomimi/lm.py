@@ -37,9 +37,9 @@ class LanguageModel(nn.Module):
         self.backbone = Llama(config)
         nn.init.normal_(self.embedding.weight, std=0.02)
 
-    def decode_steps(self, cache: KVCache) -> list[DecodeStep]:
+    def decode_steps(self, cache: KVCache, replay: bool = True) -> list[DecodeStep]:
         """What next_frame steps through: the backbone, and other Llamas of the model."""
-        return [DecodeStep(self.backbone, cache)]
+        return [DecodeStep(self.backbone, cache, replay)]
 
     def draw(self, logits: Tensor, q: int, sampler: Sampler) -> Tensor:
         """Logits (B, V) of codebook q -> tokens (B, 1). Only codebook 0 may draw END."""
@@ -51,13 +51,14 @@ class LanguageModel(nn.Module):
 
     @torch.inference_mode()
     def generate(
-        self, prompt: Tensor, num_frames: int, sampler: Sampler, num_samples: int = 1
+        self, prompt: Tensor, num_frames: int, sampler: Sampler, num_samples: int = 1,
+        replay: bool = True,
     ) -> Iterator[Tensor]:
         """Continue prompt, codes (B, Q, T), by up to `num_frames` frames (B * num_samples, Q).
 
         The prompt's first frame is usually the separator; alone, it gives unconditional samples.
         Every row is continued `num_samples` times, in neighbouring rows. A row that draws END is
-        END from there on; generation stops when all rows have ended.
+        END from there on; generation stops when all rows have ended. `replay`: see DecodeStep.
         """
         tokens = flatten(prompt, self.codebook_size)[:, -self.max_frames * self.num_codebooks :]
         # One frame more than the context, so that a prompt that fills it can be continued.
@@ -66,7 +67,7 @@ class LanguageModel(nn.Module):
         hidden = self.backbone(self.embed(tokens), cache)[:, -1:]
         cache.repeat(num_samples)
         tokens, hidden = (x.repeat_interleave(num_samples, dim=0) for x in (tokens, hidden))
-        steps = self.decode_steps(cache)
+        steps = self.decode_steps(cache, replay)
         ended = torch.zeros(len(tokens), 1, dtype=torch.bool, device=tokens.device)
         for _ in range(num_frames):
             if cache.length == cache.max_positions:

@@ -94,21 +94,28 @@ def counted(tmp_path_factory) -> Path:
 
 
 def small_model(
-    arch: str, num_codebooks: int, max_frames: int, codebook_size: int = 7, **shape: int
+    arch: str,
+    num_codebooks: int,
+    max_frames: int,
+    codebook_size: int = 7,
+    options: dict[str, int] | None = None,
+    **shape: int,
 ) -> LanguageModel:
     """Two layers of width 32, but for `shape`."""
     llama = LlamaConfig(
         **{**dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_hidden=48), **shape}
     )
-    options = {"depth_n_head": 2} if arch == "hierarchical" else {}
+    options = {"depth_n_head": 2} if arch == "hierarchical" else options or {}
     return checkpoint.MODELS[arch](llama, num_codebooks, codebook_size, max_frames, **options)
 
 
-@pytest.fixture(params=list(checkpoint.MODELS))
+@pytest.fixture(params=[*checkpoint.MODELS, "flat, start_positions"])
 def model(request) -> LanguageModel:
     """3 codebooks, a context of 8 frames, weights so large that choices are clear."""
     torch.manual_seed(0)
-    model = small_model(request.param, num_codebooks=3, max_frames=8)
+    arch, *options = request.param.split(", ")
+    options = dict.fromkeys(options, 2)
+    model = small_model(arch, num_codebooks=3, max_frames=8, options=options)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

@@ -48,7 +48,10 @@ def test_no_token_informs_its_own_prediction_or_an_earlier_one(model):
         difference = (model(changed).detach().flatten() - plain).abs()
         own = max(0, n - 3)  # the first frame is not predicted
         assert (difference[:own] == 0).all()
-        assert difference[own:].min() > 0
+        if n < getattr(model, "unseen", 0):
+            assert (difference == 0).all()
+        else:
+            assert difference[own:].min() > 0
 
 
 def likeliest(model: nn.Module, codes: torch.Tensor, frames: int) -> torch.Tensor:

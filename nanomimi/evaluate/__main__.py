@@ -35,7 +35,7 @@ class EvaluateConfig(Config):
     clip_seconds: float = option(2.0, "longest prefix, and longest suffix, of a trial", above=0)
     batch_size: int = option(16, "windows scored at once; changes no result", at_least=1)
     seed: int = option(0, "seed of trials, intervals and draws", at_least=0)
-    device: str = option("auto", "auto, cpu or cuda")
+    device: str = option("auto", "auto, cpu, cuda or mps")
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:

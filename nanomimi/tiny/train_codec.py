@@ -49,7 +49,7 @@ class CodecConfig(Config):
     save_every: int = option(1000, "steps between checkpoints and evaluations", at_least=1)
     resume: bool = option(False, "continue from the last checkpoint in --out")
     seed: int = option(0, "seed of weights, data and crops", at_least=0)
-    device: str = option("auto", "auto, cpu or cuda")
+    device: str = option("auto", "auto, cpu, cuda or mps")
 
 
 def log_mel(wav: Tensor, window_size: int, bands: int) -> Tensor:
