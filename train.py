@@ -100,13 +100,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype != torch.float32)
         train_set, val_batches = load_data(config, world_size)
         run = describe(config, train_set.meta, dtype)
-        if rank == 0:
-            stack.enter_context(lock(config.out))
-        caught = stack.enter_context(catch_signals())
 
         torch.manual_seed(config.seed)
         source = None if config.resume else config.init_from
         model, started = weights.start(run, source, device)
+        if rank == 0:
+            stack.enter_context(lock(config.out))
+        caught = stack.enter_context(catch_signals())
         optimizer = make_optimizer(model, config)
         start = resume(config, run, model, optimizer)
         log = checkpoint.Log(config.out / "log.jsonl", start, silent=rank > 0)

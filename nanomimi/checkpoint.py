@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def build(model: dict[str, Any]) -> LanguageModel:
     kind, scaling = MODELS[model["arch"]], model["llama"].get("rope_scaling")
     head_dim = model["llama"].get("head_dim") and 2
     llama = LlamaConfig(1, 1, 1, 2, 1, rope_scaling=scaling and RopeScaling(1.0), head_dim=head_dim)
-    optional = {key for key, value in asdict(llama).items() if value is None} - model["llama"].keys()
+    optional = {f.name for f in fields(llama) if f.default is None} - model["llama"].keys()
     check_like(model["llama"], {k: v for k, v in asdict(llama).items() if k not in optional}, "llama")
     options = {name: kind.OPTIONS[name] for name in kind.OPTIONS if name in model["options"]}
     check_like(model["options"], options, "options")
