@@ -86,7 +86,10 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
-    """Train until max_steps; returns the last validation. Raises ValueError for unfit settings."""
+    """Train until max_steps; returns the last validation.
+
+    Raises ValueError for unfit settings, FloatingPointError where training diverges.
+    """
     with init_processes(resolve_device(config.device)) as processes:
         device, rank, world_size = processes
         dtype = resolve_dtype(config.dtype, device)
@@ -145,7 +148,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
                     dist.all_reduce(loss)  # the sum; gloo has no mean
                 rate = (bar.format_dict["rate"] or 0.0) * frames_per_step * model.num_codebooks
                 line = {"step": done, "loss": loss.item() / world_size, "lr": lr}
-                log.say("", **line, gradient_norm=norm.item(), tokens_per_second=rate)
+                line["gradient_norm"] = norm.item()
+                if not math.isfinite(line["loss"] + line["gradient_norm"]):
+                    raise FloatingPointError(f"training diverged: {line}; lower --lr and --resume")
+                log.say("", **line, tokens_per_second=rate)
                 bar.set_postfix_str(f"loss {line['loss']:.3f} nats/token, {rate:,.0f} tokens/s")
             if done % config.eval_every == 0 or finished:
                 with autocast, torch.compiler.set_stance("force_eager"):  # compile training alone

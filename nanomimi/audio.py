@@ -31,22 +31,35 @@ def read_audio(path: Path, sample_rate: int, max_seconds: float | None = None) -
     The whole file is read, so an hour of stereo at 44.1 kHz takes about 2 GB. Raises
     FileNotFoundError, and ValueError where the file is not audio, is empty or is truncated.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    try:
-        read = sphn.read_opus if path.suffix.lower() == ".opus" else sphn.read
-        pcm, rate = read(str(path))
-    except ValueError as error:
-        reason = str(error).split(": ", 1)[-1]
-        raise ValueError(f"{path} cannot be read as audio ({reason}); give {FORMATS}") from None
-    if not pcm.shape[1]:
+    if not path.is_file():  # a pipe would be waited for
+        raise FileNotFoundError(f"{path} does not exist or is not a file")
+    announced = 0.0
+    with _sphn_errors(path):
+        pcm, rate = (sphn.read_opus if path.suffix.lower() == ".opus" else sphn.read)(str(path))
+        if path.suffix.lower() in (".wav", ".flac"):  # the other headers give no exact length
+            announced = sphn.FileReader(str(path)).duration_sec
+    if not pcm.size:
         raise ValueError(f"{path} has no samples")
-    if path.suffix.lower() in (".wav", ".flac"):  # the other headers do not give an exact length
-        announced = sphn.FileReader(str(path)).duration_sec
-        if pcm.shape[1] < round(announced * rate):
-            raise ValueError(f"{path} is truncated: its header announces {announced:.1f} s")
+    if not 4000 <= rate <= 384_000:
+        raise ValueError(f"{path} has a sample rate of {rate} Hz; 4 to 384 kHz are possible")
+    if pcm.shape[1] < round(announced * rate):
+        raise ValueError(f"{path} is truncated: its header announces {announced:.1f} s")
+    if not -100 < pcm.min() <= pcm.max() < 100:  # false for NaN
+        raise ValueError(f"{path} has samples that are not finite or far outside -1 to 1")
     pcm = pcm if max_seconds is None else pcm[:, : round(max_seconds * rate)]
     return resample(pcm[0] if len(pcm) == 1 else pcm.mean(axis=0), rate, sample_rate)
+
+
+@contextlib.contextmanager
+def _sphn_errors(path: Path) -> Iterator[None]:
+    """As ValueErrors. sphn is in Rust; its panics are a BaseException that cannot be imported."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split(": ", 1)[-1].split())
+        raise ValueError(f"{path} cannot be read as audio ({reason}); give {FORMATS}") from None
 
 
 def resample(wav: np.ndarray, source: int, target: int) -> np.ndarray:

@@ -9,6 +9,7 @@ run.json is replaced last and atomically, so a run folder always holds one compl
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,16 @@ def save(
     folder: Path, step: int, model: LanguageModel, optimizer: Optimizer | None, run: dict[str, Any]
 ) -> None:
     """Write a checkpoint. `run` has the entries "model" (see build), "config" and "data"."""
-    previous = read(folder)["step"] if (folder / "run.json").exists() else step
-    _save_tensors(model.state_dict(), _path(folder, "model", step))
+    paths = [_path(folder, kind, step) for kind in ("model", "optimizer")]
+    _save_tensors(model.state_dict(), paths[0])
     if optimizer is not None:  # imported weights have none
-        _save_tensors(_moments(model, optimizer), _path(folder, "optimizer", step))
+        _save_tensors(_moments(model, optimizer), paths[1])
     new = folder / "run.json.tmp"
     new.write_text(json.dumps({"format": FORMAT, "step": step, **run}, indent=1) + "\n")
     new.replace(folder / "run.json")
-    if previous != step:
-        for kind in ("model", "optimizer"):
-            _path(folder, kind, previous).unlink(missing_ok=True)
+    # A crash may have left files of other steps than the last one.
+    for path in {*folder.glob("model-*"), *folder.glob("optimizer-*")} - {*paths}:
+        path.unlink()
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -65,17 +66,23 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[LanguageMode
     """The run's model, with its weights, and run.json. Raises as read does."""
     run = read(folder)
     model = build(run["model"]).to(device)
-    model.load_state_dict(_load_tensors(_path(folder, "model", run["step"]), device))
+    path = _path(folder, "model", run["step"])
+    if not path.exists() and read(folder) != run:
+        return load(folder, device)  # the run was saved in between
+    model.load_state_dict(_load_tensors(path, model.state_dict(), device))
     return model, run
 
 
 def load_optimizer(folder: Path, step: int, model: LanguageModel, optimizer: Optimizer) -> None:
     """Put the moments saved at `step` into a new optimizer of the model's parameters."""
-    moments = _load_tensors(_path(folder, "optimizer", step), next(model.parameters()).device)
+    keys, like = ("exp_avg", "exp_avg_sq"), {}
     for name, parameter in model.named_parameters():
+        like |= {f"{name}.{key}": parameter for key in keys} | {f"{name}.step": torch.zeros(())}
+    moments = _load_tensors(_path(folder, "optimizer", step), like, model.embedding.weight.device)
+    for name, parameter in model.named_parameters():
+        state = {key: moments[f"{name}.{key}"] for key in ("step", *keys)}
         # Cloned: a loaded tensor may be a view of the file, and the optimizer writes into it.
-        keys = ("step", "exp_avg", "exp_avg_sq")
-        optimizer.state[parameter] = {key: moments[f"{name}.{key}"].clone() for key in keys}
+        optimizer.state[parameter] = {key: tensor.clone() for key, tensor in state.items()}
 
 
 class Log:
@@ -86,8 +93,8 @@ class Log:
         if not silent:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Steps that were logged after the last checkpoint will be done again.
-            lines = path.read_text().splitlines() if start else []
-            kept = [line for line in lines if json.loads(line)["step"] <= start]
+            lines = path.read_text(errors="replace").splitlines() if start else []
+            kept = [line for line in lines if _step(line) <= start]
             path.write_text("".join(f"{line}\n" for line in kept))
 
     def say(self, text: str, **line: Any) -> None:
@@ -96,6 +103,14 @@ class Log:
             tqdm.write(text, end="\n" if text else "")
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n" if line else "")
+
+
+def _step(line: str) -> float:
+    """The step of a line of log.jsonl; infinite where a crash tore the line."""
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return math.inf
 
 
 def _path(folder: Path, kind: str, step: int) -> Path:
@@ -111,15 +126,35 @@ def _moments(model: LanguageModel, optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    _require_finite(tensors, path)
     new = path.with_suffix(".tmp")
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, new)
     new.replace(path)
 
 
-def _load_tensors(path: Path, device: torch.device | str) -> dict[str, Tensor]:
+def _require_finite(tensors: dict[str, Tensor], path: Path) -> None:
+    for name, tensor in tensors.items():
+        # The norm squares: a weight of 1e30, with which a model is lost as well, is found too.
+        if not tensor.float().norm().isfinite():
+            raise FloatingPointError(f"{path}: {name} is not finite; train again with a lower --lr")
+
+
+def _load_tensors(
+    path: Path, like: dict[str, Tensor], device: torch.device | str
+) -> dict[str, Tensor]:
+    """The file's tensors, which must have the names and shapes of `like`, in its dtypes."""
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing, though run.json names it; train the run again")
     try:
-        return load_file(path, device=str(device))
+        tensors = load_file(path, device=str(device))
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}); train the run again") from None
+    shapes, expected = ({n: t.shape for n, t in each.items()} for each in (tensors, like))
+    # AdamW would write beyond the end of a moment that is too small.
+    for name in (name for name in shapes | expected if shapes.get(name) != expected.get(name)):
+        raise ValueError(
+            f"{path}: {name} has the shape {shapes.get(name)}, not {expected.get(name)}; "
+            "train the run again"
+        )
+    _require_finite(tensors, path)
+    return {name: tensor.to(like[name].dtype) for name, tensor in tensors.items()}

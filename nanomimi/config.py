@@ -56,9 +56,9 @@ def run_script(config: type[C], main: Callable[[C], Any], doc: str | None = None
     """A script's last line: parse, call `main`, print errors that a user can fix as one line."""
     try:
         main(parse(config, doc=doc))
-    except (ValueError, OSError, NotImplementedError, KeyboardInterrupt) as error:
+    except (ValueError, OSError, ArithmeticError, NotImplementedError, KeyboardInterrupt) as error:
         print(f"{Path(sys.argv[0]).name}: {str(error) or 'interrupted'}", file=sys.stderr)
-        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
+        sys.exit({KeyboardInterrupt: 130, FloatingPointError: 1}.get(type(error), 2))
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

