@@ -164,13 +164,8 @@ class TokenDataset:
         return lines
 
     def train_batch(
-        self,
-        index: int,
-        batch_size: int,
-        max_frames: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
+        self, index: int, batch_size: int, max_frames: int, seed: int,
+        rank: int = 0, world_size: int = 1,
     ) -> Tensor:
         """Rank's share of batch `index`: tokens (batch_size / world_size, (max_frames + 1) * Q).
 
