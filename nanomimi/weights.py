@@ -172,6 +172,8 @@ def vocabulary(folder: Path) -> tuple[Tensor, Tensor]:
     ids = {token["content"]: token["id"] for token in added}
     start, end = [ids["<|begin_of_text|>"], ids["<audio>"]], ids["</audio>"]
     num_codebooks, codes = (sum(part in name for name in ids) for part in ("<0_", "_0>"))
+    if num_codebooks < len(start):
+        raise ValueError(f"{folder} has {num_codebooks} codebooks; a start needs {len(start)}")
     frame = range(num_codebooks)
     head = torch.tensor([[ids[f"<{code}_{q}>"] for code in range(codes)] + [end] for q in frame])
     embedding = head.clone()
