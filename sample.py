@@ -58,7 +58,7 @@ def sample(config: SampleConfig) -> list[Path]:
         raise ValueError("--out - is one stream: it needs --stream --num_samples 1")
     device = resolve_device(config.device)
     model, run = checkpoint.load(config.run, device)
-    model.to(resolve_dtype(config.dtype, device, measure=False))
+    model.to(resolve_dtype(config.dtype, device, amx=False))
     codec = Codec.load(config.codec or run["data"]["codec"], model.num_codebooks, device)
     if codec.sha256 != run["data"]["codec_sha256"]:
         raise ValueError(

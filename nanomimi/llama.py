@@ -14,14 +14,16 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from nanomimi.files import Positive
+
 
 @dataclass(frozen=True)
 class RopeScaling:
     """Llama 3's extension of RoPE to longer contexts (Llama 3.2 uses factor 32)."""
 
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
+    factor: Positive
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 4.0
     original_max_positions: int = 8192
 
 
@@ -34,9 +36,9 @@ class LlamaConfig:
     n_kv_head: int
     n_embd: int
     n_hidden: int
-    rope_theta: float = 10000.0
+    rope_theta: Positive = 10000.0
     rope_scaling: RopeScaling | None = None
-    norm_eps: float = 1e-5
+    norm_eps: Positive = 1e-5
     head_dim: int | None = None  # default: n_embd / n_head
 
     def __post_init__(self) -> None:

@@ -30,7 +30,7 @@ from torch import Tensor
 from nanomimi import checkpoint
 from nanomimi.codec import Codec
 from nanomimi.config import Config, option, run_script
-from nanomimi.data import DatasetWriter
+from nanomimi.writer import DatasetWriter
 from nanomimi.llama import LlamaConfig, RopeScaling
 from nanomimi.lm import LanguageModel
 

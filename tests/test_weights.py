@@ -3,6 +3,7 @@
 import fnmatch
 import json
 import shutil
+from dataclasses import asdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from nanomimi import checkpoint, weights
 from nanomimi.config import run_script
 from nanomimi.data import read_meta
 from nanomimi.evaluate.__main__ import EvaluateConfig, evaluate
+from nanomimi.llama import LlamaConfig
 from nanomimi.lm import LanguageModel
 from nanomimi.tokens import flatten, separator
 from nanomimi.weights import WeightsConfig, main, read_model, start
@@ -126,11 +128,12 @@ def run_folder(request, random_data, tmp_path) -> Path:
     torch.manual_seed(0)
     shape = dict(n_layer=2, n_head=2, n_kv_head=1, n_embd=16, n_hidden=24)
     model = {"arch": "flat", "num_codebooks": 3, "codebook_size": 15, "max_frames": 8}
-    model |= {"llama": shape, "options": {"tied": request.param == "tied"}}
+    model |= {"llama": asdict(LlamaConfig(**shape)), "options": {"tied": request.param == "tied"}}
     lm = checkpoint.build(model)
     for parameter in lm.parameters():
         parameter.data.mul_(8)
     meta = read_meta(random_data)
+    meta["splits"] = [meta["splits"]]
     (tmp_path / "run").mkdir()
     run = {"model": model, "config": {"data": [str(random_data)]}, "data": meta}
     checkpoint.save(tmp_path / "run", 1, lm, None, run)
@@ -321,10 +324,10 @@ def test_what_cannot_be_converted_is_refused_in_one_line(
     words, message, imported, random_mimi, tmp_path, capsys
 ):
     lm = small_model("hierarchical", 3, 8)
-    llama = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_hidden=48)
+    llama = asdict(lm.backbone.config)
     model = {"arch": "hierarchical", **SIZES, "llama": llama, "options": {"depth_n_head": 2}}
     (tmp_path / "h").mkdir()
-    checkpoint.save(tmp_path / "h", 1, lm, None, {"model": model, "config": {}, "data": {}})
+    checkpoint.save(tmp_path / "h", 1, lm, None, {**checkpoint.read(imported), "model": model, "step": 1})
     places = dict(golden=GOLDEN, mimi=random_mimi, out=tmp_path, run=imported)
     with pytest.raises(SystemExit) as stop:
         run_main(*words.format(**places, hierarchical=tmp_path / "h").split())
