@@ -56,15 +56,12 @@ def save(
     folder: Path, step: int, model: LanguageModel, optimizer: Optimizer | None, run: dict[str, Any]
 ) -> None:
     """Write a checkpoint. `run` has the entries "model" (see build), "config" and "data"."""
-    paths = [_path(folder, kind, step) for kind in ("model", "optimizer")]
-    save_tensors(model.state_dict(), paths[0])
+    save_tensors(model.state_dict(), _path(folder, "model", step))
     if optimizer is not None:  # imported weights have none
-        save_tensors(moments(model, optimizer), paths[1])
+        save_tensors(moments(model, optimizer), _path(folder, "optimizer", step))
     with replacing(folder / "run.json") as new:
         new.write_text(json.dumps({"format": FORMAT, "step": step, **run}, indent=1) + "\n")
-    # A crash may have left files of other steps than the last one.
-    for path in {*folder.glob("model-*"), *folder.glob("optimizer-*")} - {*paths}:
-        path.unlink()
+    _delete_others(folder, step)
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -102,6 +99,7 @@ def resume(folder: Path, run: dict[str, Any], model: LanguageModel, optimizer: O
     model.load_state_dict(saved_model.state_dict())
     path = _path(folder, "optimizer", saved["step"])
     restore(load_tensors(path, moments(model, optimizer), AGAIN, device), model, optimizer)
+    _delete_others(folder, saved["step"])
     return saved["step"]
 
 
@@ -148,6 +146,13 @@ def _step(line: bytes) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, TypeError, LookupError, RecursionError):
         return math.inf
+
+
+def _delete_others(folder: Path, step: int) -> None:
+    """Delete the files of other steps. A crash may have left more than those of the last one."""
+    kept = {_path(folder, kind, step) for kind in ("model", "optimizer")}
+    for path in {*folder.glob("model-*"), *folder.glob("optimizer-*")} - kept:
+        path.unlink()
 
 
 def _path(folder: Path, kind: str, step: int) -> Path:

@@ -180,6 +180,8 @@ def test_files_of_other_steps_are_deleted_at_the_next_checkpoint(config):
         (config.out / name).touch()
     (config.out / "model-000009.safetensors.tmp").touch()
     train(replace(config, resume=True))
+    (config.out / "model-000003.safetensors").touch()  # of a finished run
+    train(replace(config, resume=True))
     tensors = {f"{kind}-000012.safetensors" for kind in ("model", "optimizer")}
     left = {path.name for path in config.out.iterdir()}
     assert left == {"run.json", "log.jsonl", "mine.safetensors"} | tensors
