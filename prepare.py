@@ -31,7 +31,7 @@ from tqdm import tqdm
 from nanomimi.audio import FORMATS, audio_files, read_audio
 from nanomimi.codec import Codec
 from nanomimi.config import Config, option, run_script
-from nanomimi.data import AGAIN, SPLITS, Split
+from nanomimi.data import AGAIN, SPLITS, Split, TokenDataset
 from nanomimi.distributed import lock, resolve_device
 from nanomimi.files import read_json, replacing
 from nanomimi.tiny import digits
@@ -73,6 +73,8 @@ def prepare(config: PrepareConfig) -> None:
     if resume and not (path.exists() and read_json(path, {...: Any}, AGAIN) == settings):
         raise ValueError(f"{out} holds data of other arguments; change --out, or --overwrite them")
     if resume and (out / "meta.json").exists():
+        for split in SPLITS:
+            TokenDataset([out], split, config.num_codebooks)  # refuses damaged files
         print(f"{out} is complete; nothing is left to do")
         return
     recordings = from_files(files, config, codec.sample_rate) if files else from_digits(config)
