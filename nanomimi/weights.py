@@ -125,8 +125,9 @@ def import_run(config: WeightsConfig) -> None:
     if codec.codebook_size != codes:
         raise ValueError(f"--codec must have {codes} codes per codebook, not {codec.codebook_size}")
     config.out.mkdir(parents=True)
-    run = {"config": {"data": config.source}, "data": DatasetWriter(config.out, codec).meta()}
-    checkpoint.save(config.out, 0, lm, None, run | {"model": model})
+    data = DatasetWriter(config.out, codec).meta() | {"splits": []}
+    run = {"model": model, "config": {"data": config.source}, "data": data}
+    checkpoint.save(config.out, 0, lm, None, run)
 
 
 def export_run(config: WeightsConfig) -> None:
@@ -143,8 +144,7 @@ def export_run(config: WeightsConfig) -> None:
     hf |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32"}
     hf |= {"vocab_size": lm.embedding.num_embeddings, "tie_word_embeddings": lm.lm_head is None}
     hf["max_position_embeddings"] = lm.num_positions(lm.max_frames + 1)
-    if hf["rope_scaling"]:
-        hf["rope_scaling"]["rope_type"] = "llama3"
+    hf["rope_scaling"] = llama["rope_scaling"] and {"rope_type": "llama3", **llama["rope_scaling"]}
     config.out.mkdir(parents=True)
     save_file(tensors, config.out / "model.safetensors", {"format": "pt"})
     for name, content in (("config.json", hf | end), ("generation_config.json", end)):
