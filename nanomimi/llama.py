@@ -24,7 +24,7 @@ class RopeScaling:
     factor: Positive
     low_freq_factor: Positive = 1.0
     high_freq_factor: Positive = 4.0
-    original_max_positions: int = 8192
+    original_max_position_embeddings: int = 8192
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def rope(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 def _scale(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     """Slow down the rotations that do not complete in the original context; keep the fast ones."""
-    turns = scaling.original_max_positions * frequencies / (2 * math.pi)
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     blend = ((turns - low) / (high - low)).clamp(0, 1)
     return frequencies * (blend + (1 - blend) / scaling.factor)

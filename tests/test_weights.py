@@ -20,7 +20,7 @@ from nanomimi import checkpoint, weights
 from nanomimi.config import run_script
 from nanomimi.data import read_meta
 from nanomimi.evaluate.__main__ import EvaluateConfig, evaluate
-from nanomimi.llama import LlamaConfig
+from nanomimi.llama import LlamaConfig, RopeScaling
 from nanomimi.lm import LanguageModel
 from nanomimi.tokens import flatten, separator
 from nanomimi.weights import WeightsConfig, main, read_model, start
@@ -127,6 +127,8 @@ def test_there_must_be_room_for_both_tokens_of_the_start():
 def run_folder(request, random_data, tmp_path) -> Path:
     torch.manual_seed(0)
     shape = dict(n_layer=2, n_head=2, n_kv_head=1, n_embd=16, n_hidden=24)
+    if request.param == "untied":
+        shape["rope_scaling"] = RopeScaling(8.0, original_max_position_embeddings=4)
     model = {"arch": "flat", "num_codebooks": 3, "codebook_size": 15, "max_frames": 8}
     model |= {"llama": asdict(LlamaConfig(**shape)), "options": {"tied": request.param == "tied"}}
     lm = checkpoint.build(model)
@@ -244,6 +246,13 @@ def tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> 
     return write
 
 
+def with_bias(folder: Path) -> None:
+    """A tensor that has no place: its numbers would be missing in the sums."""
+    tensors = load_file(folder / "model.safetensors")
+    bias = {Q_PROJ.replace("weight", "bias"): tensors[Q_PROJ][:, 0].clone()}
+    save_file(tensors | bias, folder / "model.safetensors")
+
+
 def pickled(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
@@ -268,9 +277,10 @@ Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
         (entry(intermediate_size=32), "size mismatch for layers.0.mlp"),
         (lambda folder: (folder / "config.json").unlink(), "No such file"),
         (lambda folder: (folder / "config.json").write_text("{"), "JSONDecodeError"),
-        (tensor(Q_PROJ, lambda old: None), "Missing key(s) in state_dict"),
+        (tensor(Q_PROJ, lambda old: None), '"layers.0.self_attn.q_proj.weight"'),
         (tensor(Q_PROJ, lambda old: old[:4]), "size mismatch for layers.0.self_attn.q_proj"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"torn"), "SafetensorError"),
+        (with_bias, "layers.0.self_attn.q_proj.bias"),
         (pickled, "pickled weights (.bin) are not read"),
     ],
 )
@@ -304,8 +314,9 @@ def test_older_configs_and_a_llama_without_a_head_are_read(tmp_path):
     assert changed.config == expected.config
     for name, weight in expected.state_dict().items():
         assert torch.equal(weight, changed.state_dict()[name])
-    entry(rope_theta=None, rope_scaling=None)(folder)
-    assert read_model(str(folder))["llama"]["rope_theta"] == 10000.0
+    entry(rope_theta=None, rope_scaling=None, num_key_value_heads=None)(folder)
+    llama = read_model(str(folder))["llama"]
+    assert llama["rope_theta"] == 10000.0 and llama["n_kv_head"] == llama["n_head"]
 
 
 @pytest.mark.parametrize(
