@@ -42,7 +42,7 @@ def plot(x_label: str, y_label: str, series: dict[str, list], lines: bool = True
     link, width = (" L", 2) if lines else ("h0 M", 10)  # without length, a round end is a dot
     for i, ((name, points), colour) in enumerate(zip(series.items(), COLOURS)):
         path = link.join(f"{x:.1f},{y:.1f}" for x, y in place(points))
-        svg += f"""<text x="80" y="{16 * i + 14}" style="fill:{colour}">{name}</text>
+        svg += f"""<text x="195" y="{16 * i + 14}" style="fill:{colour}">{name}</text>
 <path d="M{path}h0" style="stroke:{colour};stroke-width:{width};stroke-linecap:round"/>\n"""
     return SVG % (400, svg)
 
