@@ -1,6 +1,7 @@
 """Step 0, files <-> wav: mono samples at the codec's rate. The only file that imports sphn."""
 
 import contextlib
+import re
 import sys
 import wave
 from collections.abc import Callable, Iterable, Iterator
@@ -35,7 +36,8 @@ def read_audio(path: Path, sample_rate: int, max_seconds: float | None = None) -
     announced = 0.0
     with _sphn_errors(path):
         pcm, rate = (sphn.read_opus if path.suffix.lower() == ".opus" else sphn.read)(str(path))
-        if path.suffix.lower() in (".wav", ".flac"):  # the other headers give no exact length
+        # Only these headers give the exact length; Xing and Info are those of an mp3.
+        if re.search(b"^RIFF|^fLaC|Xing|Info", path.open("rb").read(4096)):
             announced = sphn.FileReader(str(path)).duration_sec
     if not pcm.size:
         raise ValueError(f"{path} has no samples")

@@ -43,7 +43,7 @@ CEILINGS = {  # lines, comments included
     "nanomimi/__init__.py": 35,
     "nanomimi/files.py": 112,
     "nanomimi/writer.py": 117,
-    "nanomimi/audio.py": 98,
+    "nanomimi/audio.py": 100,
     "nanomimi/codec.py": 182,
     "nanomimi/tokens.py": 70,
     "nanomimi/data.py": 150,

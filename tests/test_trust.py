@@ -93,6 +93,19 @@ def test_a_panic_of_the_reader_is_a_value_error_and_an_interrupt_is_not(tmp_path
             read_audio(tmp_path / "a.wav", 24000)
 
 
+def test_a_truncated_mp3_is_refused_if_its_header_has_the_length(tmp_path):
+    silence = bytes([0xFF, 0xFB, 0x10, 0xC4]) + bytes(100)  # a frame of 1,152 samples at 44.1 kHz
+    header = silence[:4] + bytes(17) + b"Info" + struct.pack(">II", 1, 20)  # 20 frames follow
+    path = tmp_path / "a.mp3"
+    path.write_bytes(header.ljust(104, b"\0") + 20 * silence)
+    assert len(read_audio(path, 44100)) == 20 * 1152
+    path.write_bytes(header.ljust(104, b"\0") + 10 * silence)
+    with pytest.raises(ValueError, match="is truncated: its header announces 0.5 s"):
+        read_audio(path, 44100)
+    path.write_bytes(20 * silence)
+    assert len(read_audio(path, 44100)) == 20 * 1152
+
+
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.wav")
     with pytest.raises(FileNotFoundError, match="not a file"):
