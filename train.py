@@ -38,7 +38,7 @@ from nanomimi.lm import summarize
 class TrainConfig(Config):
     data: tuple[Path, ...] = option((Path("data/digits"),), "folders written by prepare.py")
     out: Path = option(Path("runs/digits"), "run folder to write")
-    arch: Literal["flat", "hierarchical"] = option("flat", "one Llama, or one inside another")
+    arch: Literal["flat", "hierarchical", "delay"] = option("flat", "see step 5 of the package")
     init_from: str | None = option(None, "run, or a Llama in a folder or on the hub, to start from")
     num_codebooks: int = option(4, "codebooks to model, the first of those prepared", at_least=1)
     max_frames: int = option(128, "context in frames, 80 ms each", at_least=2)

@@ -91,16 +91,16 @@ class HierarchicalLM(LanguageModel):
         return steps
 
     def next_frame(
-        self, hidden: Tensor, steps: list[DecodeStep], sampler: Sampler
+        self, hidden: Tensor, tokens: Tensor, steps: list[DecodeStep], sampler: Sampler
     ) -> tuple[Tensor, Tensor]:
         backbone, *depth = steps
-        tokens = [self.draw(hidden[:, -1] @ self.backbone_head.T, 0, sampler)]
+        codes = [self.draw(hidden[:, -1] @ self.backbone_head.T, 0, sampler)]
         for step in depth:
             # The depth decoder starts anew in every frame, from the hidden state alone.
             step.cache.length = 0
             step(self.projection(hidden))
         for q in range(1, self.num_codebooks):
-            inside = depth[0](self.projection(self.embedding(tokens[-1])))
-            tokens.append(self.draw(inside[:, -1] @ self.depth_head[q - 1].T, q, sampler))
-        frame = torch.cat(tokens, dim=1)
+            inside = depth[0](self.projection(self.embedding(codes[-1])))
+            codes.append(self.draw(inside[:, -1] @ self.depth_head[q - 1].T, q, sampler))
+        frame = torch.cat(codes, dim=1)
         return frame, backbone(self.embed(frame))
