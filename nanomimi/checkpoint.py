@@ -130,7 +130,7 @@ class Log:
         self.path, self.silent = path, silent
         if not silent:
             # Steps that were logged after the last checkpoint will be done again.
-            lines = path.read_bytes().splitlines() if start and path.exists() else []
+            lines = path.read_bytes().splitlines() if start and path.is_file() else []
             kept = [line for line in lines if _step(line) <= start]
             with replacing(path) as new:
                 new.write_bytes(b"".join(line + b"\n" for line in kept))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
-Positive = Annotated[float, "above 0"]
+Positive = Annotated[float, "above 0, and of a size that such numbers have"]
 
 
 def read_json(path: Path, kind: Any, remedy: str) -> Any:
@@ -51,7 +51,7 @@ def fits(value: Any, kind: Any) -> bool:
     if origin in (list, tuple):
         return isinstance(value, origin) and all(fits(each, args[0]) for each in value)
     if origin is Annotated:
-        return fits(value, args[0]) and value > 0
+        return fits(value, args[0]) and 0 < value < 1e9
     if origin is Literal:
         return value in args
     if kind in (int, float):  # abs is false for NaN

@@ -105,9 +105,11 @@ class DatasetWriter:
 
     def _open(self, name: str, size: int) -> BinaryIO:
         """The file, cut off after `size` bytes."""
-        file = open(self.out / name, "ab")
-        if file.tell() < size:
-            raise ValueError(f"{file.name} is damaged; {AGAIN}")
+        path = self.out / name
+        found = path.stat().st_size if path.is_file() else 0
+        if found < size or (path.exists() and not path.is_file()):  # a pipe would be waited for
+            raise ValueError(f"{path} is damaged; remove it, or {AGAIN}")
+        file = open(path, "ab")
         file.truncate(size)
         return file
 
