@@ -27,9 +27,8 @@ from nanomimi.llama import LlamaConfig, RopeScaling
 from nanomimi.lm import LanguageModel
 
 FORMAT = 2
-MODELS: dict[str, type[LanguageModel]] = {
-    "flat": FlatLM, "hierarchical": HierarchicalLM, "delay": DelayLM,
-}
+MODELS: dict[str, type[LanguageModel]] = {"flat": FlatLM, "hierarchical": HierarchicalLM}
+MODELS["delay"] = DelayLM
 AGAIN = "train the run again"
 RUN = {  # the kind of run.json
     "format": Literal[FORMAT],
@@ -87,7 +86,7 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[LanguageMode
         return load(folder, device)  # the run was saved in between
     tensors = load_tensors(path, model.state_dict(), AGAIN, device)
     model.load_state_dict(tensors, assign=True)
-    return model, run
+    return model.eval(), run
 
 
 def resume(folder: Path, run: dict[str, Any], model: LanguageModel, optimizer: Optimizer) -> int:

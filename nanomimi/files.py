@@ -61,7 +61,7 @@ def fits(value: Any, kind: Any) -> bool:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a path to write to, whose file then replaces `path` at once or, on errors, vanishes."""
+    """Yields a path to write to. Its file then replaces `path` at once or, on errors, vanishes."""
     new = path.with_name(f"{path.name}.tmp")
     try:
         yield new

@@ -41,9 +41,9 @@ class DatasetWriter:
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "meta.json").unlink(missing_ok=True)
         index = self.out / "utterances.jsonl"
+        found = index.read_bytes() if self.resume and index.exists() else b""
         # The last line may be torn.
-        lines = index.read_bytes().splitlines(keepends=True) if self.resume and index.exists() else []
-        whole = [line for line in lines if line.endswith(b"\n")]
+        whole = [line for line in found.splitlines(keepends=True) if line.endswith(b"\n")]
         for line in whole:
             self._count(json.loads(line))
         self._index = self._open("utterances.jsonl", len(b"".join(whole)))

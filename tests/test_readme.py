@@ -38,7 +38,7 @@ CONFIGS = {
 CODE = sorted([*ROOT.glob("*.py"), *ROOT.glob("nanomimi/**/*.py")])
 CEILINGS = {  # lines, comments included
     "prepare.py": 168,
-    "train.py": 256,
+    "train.py": 268,
     "sample.py": 125,
     "nanomimi/__init__.py": 35,
     "nanomimi/files.py": 112,
@@ -51,9 +51,10 @@ CEILINGS = {  # lines, comments included
     "nanomimi/decode.py": 85,
     "nanomimi/lm.py": 100,
     "nanomimi/flat.py": 75,
-    "nanomimi/hierarchical.py": 110,
+    "nanomimi/hierarchical.py": 128,
+    "nanomimi/delay.py": 85,
     "nanomimi/sampling.py": 45,
-    "nanomimi/checkpoint.py": 160,
+    "nanomimi/checkpoint.py": 161,
     "nanomimi/config.py": 95,
     "nanomimi/weights.py": 160,
     "nanomimi/distributed.py": 106,
