@@ -65,7 +65,7 @@ def replacing(path: Path) -> Iterator[Path]:
     new = path.with_name(f"{path.name}.tmp")
     try:
         yield new
-        with open(new, "rb") as file:
+        with open(new, "r+b") as file:
             os.fsync(file)  # or a power failure could leave the name without the content
         new.replace(path)
     except (OSError, SafetensorError) as error:
