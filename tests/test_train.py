@@ -106,10 +106,12 @@ def same_training(launched: list[subprocess.Popen], config: TrainConfig, two: Pa
     assert abs(lines[-1]["validation"]["nats_per_token"] - one["nats_per_token"]) < 1e-4
 
 
-def test_two_processes_train_as_one(config):
-    """Flat on two machines: two launchers that meet at an address. The others on one."""
-    two = replace(config, out=config.out.with_name("two"))
-    if config.arch != "flat":
+@pytest.mark.parametrize("arch", ["flat", "hierarchical"])
+def test_two_processes_train_as_one(arch, random_data, tmp_path):
+    """Flat on two machines: two launchers that meet at an address. Hierarchical on one."""
+    config = TrainConfig(data=(random_data,), out=tmp_path / "one", arch=arch, **SMALL)
+    two = replace(config, out=tmp_path / "two")
+    if arch != "flat":
         launched = [torchrun(two, "--standalone", "--nproc_per_node=2")]
     else:
         with socket.socket() as free:
