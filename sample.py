@@ -1,7 +1,7 @@
 """runs/NAME (+ a prompt) -> wav files.
 
     python sample.py                                            four samples of runs/digits
-    python sample.py --prompt nanomimi/tiny/digits/diana.ogg    count on in diana's voice
+    python sample.py --prompt nanomimi/tiny/digits/slt.ogg      count on in slt's voice
     python sample.py --run runs/mine --prompt me.wav --prompt_seconds 3 --seconds 20 --out me
     python sample.py --stream --num_samples 1 --out - | aplay -f S16_LE -r 24000   listen live
 

@@ -27,7 +27,7 @@ Series = dict[str, list[tuple[float, float]]]  # the points of each name
 @dataclass(frozen=True)
 class PictureConfig(Config):
     run: Path = option(Path("runs/digits"), "run folder written by train.py")
-    prompt: Path = option(Path("nanomimi/tiny/digits/diana.ogg"), "audio file to continue")
+    prompt: Path = option(Path("nanomimi/tiny/digits/slt.ogg"), "audio file to continue")
     out: Path = option(Path("."), "folder for training.svg and continuation.svg")
 
 

@@ -21,7 +21,7 @@ from tests.conftest import tone
 from train import TrainConfig, train
 
 ROOT = Path(__file__).parent.parent
-DIANA = ROOT / "nanomimi" / "tiny" / "digits" / "diana.ogg"
+SLT = ROOT / "nanomimi" / "tiny" / "digits" / "slt.ogg"
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +41,7 @@ def wav_of(path: Path) -> tuple[int, int]:
 
 
 def test_prepare_train_and_sample_end_in_audio(story, tmp_path):
-    flags = dict(prompt=DIANA, prompt_seconds=1.0, seconds=1.6, num_samples=3, device="cpu")
+    flags = dict(prompt=SLT, prompt_seconds=1.0, seconds=1.6, num_samples=3, device="cpu")
     paths = sample(SampleConfig(run=story / "run", out=tmp_path, **flags))
     assert len(paths) == 3
     for path in paths:
@@ -54,7 +54,7 @@ def test_prepare_train_and_sample_end_in_audio(story, tmp_path):
 def test_a_hierarchical_run_goes_through_the_same_scripts(story, tmp_path):
     flags = dict(max_steps=2, max_frames=40, n_layer=1, n_embd=32, device="cpu")
     train(TrainConfig(data=(story / "data",), out=tmp_path / "run", arch="hierarchical", **flags))
-    flags = dict(prompt=DIANA, prompt_seconds=1.0, seconds=4, device="cpu")
+    flags = dict(prompt=SLT, prompt_seconds=1.0, seconds=4, device="cpu")
     paths = sample(SampleConfig(run=tmp_path / "run", out=tmp_path, **flags))
     assert len(paths) == 4 and all(wav_of(path)[1] >= 0.96 * 24000 for path in paths)
 
@@ -77,7 +77,7 @@ def lasting(story, tmp_path_factory) -> tuple[SampleConfig, list[Path]]:
     """Samples longer than the context, of which some end before the others."""
     draws = dict(num_samples=8, temperature=2.0, top_k=0, seconds=6, device="cpu")
     out = tmp_path_factory.mktemp("lasting")
-    config = SampleConfig(run=story / "run", prompt=DIANA, prompt_seconds=0.5, out=out, **draws)
+    config = SampleConfig(run=story / "run", prompt=SLT, prompt_seconds=0.5, out=out, **draws)
     return config, sample(config)
 
 
@@ -258,7 +258,7 @@ def wrong(tmp_path_factory, story) -> dict[str, Path]:
             "shorter than a frame",
         ),
         (
-            "sample.py --run {story}/run --prompt {diana} --prompt_seconds 9 --out {folder}/s",
+            "sample.py --run {story}/run --prompt {slt} --prompt_seconds 9 --out {folder}/s",
             "longer than the model's context",
         ),
         ("sample.py --run {story}/run --temperature -1", "--temperature must be at least 0"),
@@ -281,7 +281,7 @@ def test_a_mistake_gets_one_line_that_says_what_to_do(
     import train as train_script
     from nanomimi.config import run_script
 
-    name, *argv = command.format(**wrong, diana=DIANA, mimi=random_mimi).split()
+    name, *argv = command.format(**wrong, slt=SLT, mimi=random_mimi).split()
     parts = {
         "prepare.py": (PrepareConfig, prepare_script.prepare),
         "train.py": (TrainConfig, train_script.main),

@@ -14,16 +14,16 @@ def test_the_bundled_files_are_as_small_as_promised():
     assert size(TINY.parent, "mimi.*") < 6e6
 
 
-def test_eight_voices_say_ten_digits_three_times_and_differ_in_pitch():
+def test_seven_voices_say_ten_digits_three_times_and_differ_in_pitch():
     voices = digits.load_clips()
-    assert len(voices) == 8
+    assert len(voices) == 7
     pitches = []
     for takes in voices.values():
         assert [len(take) for take in takes] == [10, 10, 10]
         for clip in (clip for take in takes for clip in take):
             assert 0.2 < len(clip) / digits.SAMPLE_RATE < 1.0 and 0.5 < np.abs(clip).max() < 0.8
         pitches.append(pitch(takes[1][9]))
-    assert min(pitches) < 80 and max(pitches) > 300 and len({round(p / 5) for p in pitches}) >= 7
+    assert min(pitches) < 90 and max(pitches) > 190 and len({round(p / 5) for p in pitches}) >= 7
 
 
 def pitch(clip: np.ndarray) -> float:
