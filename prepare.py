@@ -101,10 +101,11 @@ def from_files(files: list[Path], config: PrepareConfig, sample_rate: int) -> It
 
 
 def from_digits(config: PrepareConfig) -> Iterator[Recording]:
-    """Composed counting; a voice is a group, and the file's name tells what it says."""
+    """Composed counting; a voice at a factor, rounded to 0.05, is a group: one speaker."""
     for u in digits.utterances(config.hours, config.val_fraction, config.seed):
-        name = f"{u.voice} {''.join(map(str, u.digits))}"
-        yield Recording(u.split, name, u.voice, lambda wav=u.wav: wav)
+        name = f"{u.kind}: {u.voice} {u.factor:.3f} {''.join(map(str, u.digits))}"
+        group = f"{u.kind}: {u.voice} {round(20 * u.factor) / 20:.2f}"
+        yield Recording(u.split, name, group, lambda wav=u.wav: wav)
 
 
 def encode_all(

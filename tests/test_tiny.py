@@ -1,3 +1,5 @@
+from collections import defaultdict
+
 import numpy as np
 import pytest
 import torch
@@ -42,16 +44,69 @@ def test_utterances_count_upwards_modulo_ten_and_repeat_with_the_seed():
         assert all(b == (a + 1) % 10 for a, b in zip(u.digits, u.digits[1:]))
     again = list(digits.utterances(0.02, 0.1, seed=3))
     assert all(a.digits == b.digits and np.array_equal(a.wav, b.wav) for a, b in zip(made, again))
+    assert not np.array_equal(made[0].wav, next(digits.utterances(0.02, 0.1, seed=4)).wav)
     assert 72 < sum(len(u.wav) for u in made) / digits.SAMPLE_RATE < 72 + 8
 
 
-def test_no_sequence_of_a_voice_is_in_training_and_in_validation():
-    said = {"train": set(), "val": set()}
-    for u in digits.utterances(1.0, 0.1, seed=0):
-        said[u.split].add((u.voice, u.digits))
-    # Eight voices, ten starts and five lengths are 400 sequences.
-    assert 20 < len(said["val"]) <= 40 and len(said["train"]) > 250
-    assert not said["val"] & said["train"]
+@pytest.fixture(scope="module")
+def spoken() -> dict[str, list[digits.Utterance]]:
+    """Kind -> utterances, whose wav holds the numbers of their takes and then their factor."""
+    composed = defaultdict(list)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits, "load_clips", lambda: {name: [0, 1, 2] for name in digits.FACTORS})
+        fake = lambda takes, said, rng, factor: np.array([*takes] * len(said) + [factor])
+        patch.setattr(digits, "speak", fake)
+        # Counted as samples, the few numbers of an utterance are half a millisecond.
+        for u in digits.utterances(1 / 3600, 0.5, seed=0):
+            assert u.wav[-1] == u.factor
+            composed[u.kind].append(u)
+    return composed
+
+
+def share(u: digits.Utterance) -> float:
+    """Where an utterance's factor is in the range of its voice, from 0 to 1."""
+    low, high = digits.FACTORS[u.voice]
+    return (u.factor - low) / (high - low)
+
+
+def test_no_held_out_voice_factor_or_take_is_in_training(spoken):
+    train = spoken[digits.TRAIN]
+    assert {u.split for u in train} == {"train"}
+    assert {u.voice for u in train} == set(digits.FACTORS) - {"kal"}
+    assert all(set(u.wav[:-1]) == {0, 2} for u in train)
+    shares = [share(u) for u in train]
+    assert not any(0.4 < s < 0.6 for s in shares)
+    # Nothing else is missing.
+    assert np.allclose(np.quantile(shares, (0, 0.5, 1)), (0, 0.5, 1), atol=0.11)
+    assert len({u.digits for u in train}) == 50
+
+
+def test_validation_has_plain_takes_of_known_voices_and_of_unheard_ones(spoken):
+    known, unheard = spoken[digits.KNOWN], spoken[digits.UNHEARD]
+    assert {u.split for u in known + unheard} == {"val"}
+    assert all(set(u.wav[:-1]) == {1} for u in known + unheard)
+    assert len(known) == pytest.approx(len(unheard), rel=0.25)
+    assert len(known + unheard) == pytest.approx(len(spoken[digits.TRAIN]), rel=0.25)
+    assert {u.voice for u in known} == {u.voice for u in spoken[digits.TRAIN]}
+    assert not any(0.4 < share(u) < 0.6 for u in known)
+    kal = [share(u) for u in unheard if u.voice == "kal"]
+    others = [share(u) for u in unheard if u.voice != "kal"]
+    assert len(kal) == pytest.approx(len(others), rel=0.25)
+    assert 0 <= min(kal) < 0.1 and 0.9 < max(kal) <= 1
+    assert 0.4 <= min(others) and max(others) <= 0.6
+
+
+def test_a_voice_factor_moves_pitch_and_formants_and_keeps_the_pauses():
+    voice = digits.load_clips()["rms"][1:2]
+    plain, fast = (digits.speak(voice, [9] * 4, np.random.default_rng(0), f) for f in (1.0, 1.3))
+    spoken = 4 * len(voice[0][9])
+    assert len(fast) == pytest.approx(len(plain) - spoken + spoken / 1.3, rel=0.003)
+    nines = [segments(wav)[0] for wav in (plain, fast)]
+    assert pitch(nines[1]) == pytest.approx(1.3 * pitch(nines[0]), rel=0.02)
+    # Where half of the energy is below: in the formants.
+    centre = lambda x: np.searchsorted(np.cumsum(p := np.abs(np.fft.rfft(x)) ** 2) / p.sum(), 0.5)
+    height = [centre(x) / len(x) for x in nines]
+    assert height[1] == pytest.approx(1.3 * height[0], rel=0.05)
 
 
 def resynthesis(

@@ -86,8 +86,7 @@ def counting(minutes: float, seed: int) -> Tensor:
     while seconds < minutes * 60:
         wav = next(counted).wav
         if rng.random() < 0.5:
-            voice = list(clips.values())[rng.integers(len(clips))]
-            wav = digits.speak(voice, rng.integers(0, 10, size=6), rng)
+            wav = digits.utter(clips, rng.integers(0, 10, size=6), digits.TRAIN, rng).wav
         if rng.random() < 0.5:
             # A codec that hears only a few voices memorises them; resampling makes many of them.
             wav = resample(wav, digits.SAMPLE_RATE, 100 * int(240 * rng.uniform(0.8, 1.25)))
