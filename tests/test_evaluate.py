@@ -18,13 +18,13 @@ from nanomimi.tiny import digits
 from train import TrainConfig, describe, train
 
 QUICK = dict(trials=20, device="cpu")
-PARTS = ("slt", "rms")  # whose voice is the positive
-VOICES = ("slt", "rms")
+PARTS = ("rms", "slt")  # whose voice is the positive
+VOICES = ("rms", "slt")
 
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory) -> Path:
-    """SALMon's layout: a positive in slt's voice, a negative in rms's, and the reverse."""
+    """SALMon's layout: a positive in rms's voice, a negative in slt's, and the reverse."""
     folder, voices = tmp_path_factory.mktemp("pairs"), digits.load_clips()
     rng = np.random.default_rng(0)
     for part, swapped in zip(PARTS, (False, True)):
@@ -64,13 +64,13 @@ def test_an_untrained_model_is_at_chance_in_every_pairwise_test(arch, counted, p
 
 @pytest.fixture(scope="session")
 def one_voice(tmp_path_factory) -> Path:
-    """A run trained on slt alone."""
+    """A run trained on rms alone."""
     folder, codec = tmp_path_factory.mktemp("voice"), Codec.load("tiny", 4)
     with DatasetWriter(folder / "data", codec) as writer:
         for u in digits.utterances(0.4, 0.1, seed=0):
             if u.voice == VOICES[0]:
                 codes = codec.encode(torch.from_numpy(u.wav)[None, None])[0]
-                writer.add(u.split, codes, file="slt", group="slt")
+                writer.add(u.split, codes, file="rms", group="rms")
     shape = dict(n_layer=2, n_embd=64, max_frames=64, dtype="float32", device="cpu")
     steps = dict(max_steps=60, warmup_steps=5)
     train(TrainConfig(data=(folder / "data",), out=folder / "run", **shape, **steps))

@@ -216,7 +216,7 @@ def wrong(tmp_path_factory, story) -> dict[str, Path]:
         ),
         ("prepare.py --val_fraction 0 --out {folder}/d", "--val_fraction must be above 0"),
         ("prepare.py --hours 0.001 --out {folder}/file/d", "Not a directory"),
-        ("prepare.py --hours 0.001 --out {folder}/d", "nothing was prepared"),
+        ("prepare.py --hours 0.0001 --out {folder}/d", "nothing was prepared"),
         ("train.py --data {folder}/nowhere --out {folder}/r", "run python prepare.py"),
         ("train.py --data {folder}/foreign --out {folder}/r", "not of format 2"),
         (
