@@ -15,6 +15,7 @@ import torch
 from nanomimi import TokenDataset, checkpoint
 from nanomimi.audio import STDOUT, read_audio, write_wav
 from nanomimi.evaluate.__main__ import EvaluateConfig, evaluate
+from nanomimi.tiny import digits
 from prepare import PrepareConfig, prepare
 from sample import SampleConfig, sample
 from tests.conftest import tone
@@ -49,6 +50,8 @@ def test_prepare_train_and_sample_end_in_audio(story, tmp_path):
         assert rate == 24000 and 0.96 * rate <= samples <= (0.96 + 1.6) * rate
         assert np.abs(read_audio(path, rate)).max() > 0.01
     assert {line["split"] for line in utterances(story / "data")} == {"train", "val"}
+    kinds = {line["file"].split(":")[0] for line in utterances(story / "data")}
+    assert kinds == {digits.TRAIN, digits.KNOWN, digits.UNHEARD}
 
 
 def test_a_hierarchical_run_goes_through_the_same_scripts(story, tmp_path):
