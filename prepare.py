@@ -5,18 +5,22 @@
     python prepare.py a.wav more/ --codec tiny      your audio, offline
 
 Audio is wav, flac, mp3, ogg or opus of any rate, mono or stereo. A file's group is its parent
-folder: the speaker in most corpora. Files that cannot be read are listed at the end. train.py takes
-several data folders, so processes or machines can prepare a large corpus in parts.
+folder: the speaker in most corpora. Files that cannot be read are named and skipped. After an
+interruption the same command goes on. train.py takes several data folders, so processes or machines
+can prepare a large corpus in parts.
 """
 
+import hashlib
 import itertools
+import json
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -27,9 +31,11 @@ from tqdm import tqdm
 from nanomimi.audio import FORMATS, audio_files, read_audio
 from nanomimi.codec import Codec
 from nanomimi.config import Config, option, run_script
-from nanomimi.data import SPLITS, DatasetWriter, Split
-from nanomimi.distributed import resolve_device
+from nanomimi.data import AGAIN, SPLITS, Split, TokenDataset
+from nanomimi.distributed import lock, resolve_device
+from nanomimi.files import read_json, replacing
 from nanomimi.tiny import digits
+from nanomimi.writer import DatasetWriter
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,7 @@ class PrepareConfig(Config):
     hours: float = option(4.0, "hours of counting to compose from the bundled digits", above=0)
     seed: int = option(0, "seed of the split, the order and the composed digits", at_least=0)
     device: str = option("auto", "auto, cpu, cuda or mps")
+    overwrite: bool = option(False, "replace what other arguments have prepared in --out")
 
 
 class Recording(NamedTuple):
@@ -54,32 +61,57 @@ class Recording(NamedTuple):
 
 def prepare(config: PrepareConfig) -> None:
     """Write the data folder. Raises ValueError where nothing can be prepared."""
-    files, skipped = audio_files(config.audio), []
+    files, skipped = audio_files(config.audio), 0
     if config.audio and not files:
         raise ValueError(f"no audio ({FORMATS}) in {config.audio[0]}")
     out = config.out or Path("data") / (config.audio[0].resolve().stem if files else "digits")
     source = config.codec or ("mimi" if files else "tiny")
     codec = Codec.load(source, config.num_codebooks, resolve_device(config.device))
+    settings, path = describe(config, files, codec), out / "settings.json"
+    index = out / "utterances.jsonl"
+    resume = not config.overwrite and index.exists() and index.stat().st_size > 0
+    if resume and not (path.exists() and read_json(path, {...: Any}, AGAIN) == settings):
+        raise ValueError(f"{out} holds data of other arguments; change --out, or --overwrite them")
+    if resume and (out / "meta.json").exists():
+        for split in SPLITS:
+            TokenDataset([out], split, config.num_codebooks)  # refuses damaged files
+        print(f"{out} is complete; nothing is left to do")
+        return
     recordings = from_files(files, config, codec.sample_rate) if files else from_digits(config)
     total, unit = (len(files), "file") if files else (round(config.hours * 3600), "s")
+    splits = ("val",) if config.val_fraction == 1 else SPLITS
     with (
-        DatasetWriter(out, codec, ("val",) if config.val_fraction == 1 else SPLITS) as writer,
+        lock(out),
+        DatasetWriter(out, codec, splits, resume) as writer,
         tqdm(total=total, unit=unit) as bar,
     ):
-        for recording, codes in encode_all(recordings, codec):
+        with replacing(path) as new:
+            new.write_text(json.dumps(settings, indent=1) + "\n")
+        done = deque(writer.files)  # by an interrupted preparation, in the same order
+        bar.update(len(done) if files else 0)
+        left = (r for r in recordings if not (done and r.file == done[0] and done.popleft()))
+        for recording, codes in encode_all(left, codec):
             if isinstance(codes, Tensor):
                 writer.add(recording.split, codes, recording.file, recording.group)
             else:
-                skipped.append(f"skipped: {codes}")
+                skipped += 1
+                bar.write(f"skipped: {codes}")
             rate = writer.seconds / max(1e-9, bar.format_dict["elapsed"])
             bar.set_postfix_str(f"{rate:.0f} x real time", refresh=False)
             bar.update(1 if files else min(int(writer.seconds), total) - bar.n)
     print(
-        *skipped,
         f"{out}: {writer.utterances['train']} utterances for training, {writer.utterances['val']} "
-        f"for validation, {writer.seconds / 3600:.2f} h; {len(skipped)} files skipped",
-        sep="\n",
+        f"for validation, {writer.seconds / 3600:.2f} h; {skipped} files skipped"
     )
+
+
+def describe(config: PrepareConfig, files: list[Path], codec: Codec) -> dict[str, Any]:
+    """What the data depend on. Files are told by names and sizes, clips by their positions."""
+    names = ("num_codebooks", "val_fraction", "split_by", "hours", "seed")
+    listed = repr([(str(file), file.stat().st_size) for file in files])
+    clips = b"" if files else (digits.FOLDER / "index.csv").read_bytes()
+    digest = hashlib.sha256(listed.encode() + clips).hexdigest()
+    return {name: getattr(config, name) for name in names} | {"codec": codec.sha256, "audio": digest}
 
 
 def from_files(files: list[Path], config: PrepareConfig, sample_rate: int) -> Iterator[Recording]:

@@ -2,11 +2,9 @@
 
     python sample.py                                            four samples of runs/digits
     python sample.py --prompt nanomimi/tiny/digits/slt.ogg      count on in slt's voice
-    python sample.py --run runs/mine --prompt me.wav --prompt_seconds 3 --seconds 20 --out me
     python sample.py --stream --num_samples 1 --out - | aplay -f S16_LE -r 24000   listen live
 
-A wav holds the prompt and its continuation, decoded together. It ends where the model draws END, or
-after `seconds` of new audio. `seconds` may exceed the model's context.
+A wav holds the prompt and what follows, up to END or `seconds`, which may exceed the context.
 """
 
 import contextlib
@@ -58,12 +56,11 @@ def sample(config: SampleConfig) -> list[Path]:
         raise ValueError("--out - is one stream: it needs --stream --num_samples 1")
     device = resolve_device(config.device)
     model, run = checkpoint.load(config.run, device)
-    model.to(resolve_dtype(config.dtype, device, measure=False))
+    model.to(resolve_dtype(config.dtype, device, amx=False))
     codec = Codec.load(config.codec or run["data"]["codec"], model.num_codebooks, device)
     if codec.sha256 != run["data"]["codec_sha256"]:
-        raise ValueError(
-            f"codec {codec.name} is not the one of {config.run} (its weights differ); use --codec"
-        )
+        mismatch = f"codec {codec.name} is not the one of {config.run} (its weights differ)"
+        raise ValueError(f"{mismatch}; use --codec")
     prompt = encode_prompt(config, codec, model)
     paths = [STDOUT]
     if config.out != STDOUT:
@@ -73,11 +70,11 @@ def sample(config: SampleConfig) -> list[Path]:
     sampler = make_sampler(config.temperature, config.top_k, config.top_p, config.seed, device)
     num_frames = max(1, round(config.seconds * codec.frame_rate))
     frames = model.generate(prompt, num_frames, sampler, config.num_samples, config.replay)
-    frames = iter(tqdm(frames, total=num_frames, unit="frame"))
-    block = 1 if config.stream else round(CHUNK_SECONDS * codec.frame_rate)
     # The separator at the start of the prompt has no sound.
-    seconds = write_audio(codec, prompt[0, :, 1:], frames, paths, block)
-
+    heard = repeat(prompt[0, :, 1:], "q t -> t b q", b=config.num_samples)
+    frames = itertools.chain(heard, tqdm(frames, total=num_frames, unit="frame"))
+    block = 1 if config.stream else round(CHUNK_SECONDS * codec.frame_rate)
+    seconds = write_audio(codec, frames, paths, block)
     elapsed, prompted = time.time() - start, (prompt.shape[2] - 1) / codec.frame_rate
     new = [length - prompted for length in seconds]
     lines = [f"{path}: {prompted:.2f} s of prompt + {n:.2f} s" for path, n in zip(paths, new)]
@@ -96,27 +93,20 @@ def encode_prompt(config: SampleConfig, codec: Codec, model: LanguageModel) -> T
         wav = wav[: len(wav) // codec.frame_size * codec.frame_size]
         if not len(wav):
             raise ValueError(f"{config.prompt} is shorter than a frame ({1 / codec.frame_rate} s)")
-        spoken = codec.encode(rearrange(torch.from_numpy(wav), "s -> 1 1 s"))[0]
-        codes = torch.cat([codes, spoken], dim=1)
+        spoken = codec.encode(rearrange(torch.from_numpy(wav), "s -> 1 1 s"))
+        codes = torch.cat([codes, spoken[0]], dim=1)
     if codes.shape[1] > model.max_frames:
-        longest = (model.max_frames - 1) / codec.frame_rate
-        raise ValueError(
-            f"the prompt is longer than the model's context; use --prompt_seconds {longest:.1f}"
-        )
+        remedy = f"use --prompt_seconds {(model.max_frames - 1) / codec.frame_rate:.1f}"
+        raise ValueError(f"the prompt is longer than the model's context; {remedy}")
     return rearrange(codes, "q t -> 1 q t")
 
 
-def write_audio(
-    codec: Codec, prompt: Tensor, frames: Iterator[Tensor], paths: list[Path], block: int
-) -> list[float]:
-    """Decode the prompt (Q, T), then the frames (B, Q), `block` at a time, and write each row to
-    its path up to its END; returns the seconds of every wav.
-    """
-    prompted = repeat(prompt, "q t -> t b q", b=len(paths))
-    rest, lengths = itertools.chain(prompted, frames), []
+def write_audio(codec: Codec, frames: Iterator, paths: list[Path], block: int) -> list[float]:
+    """Decode frames (B, Q), `block` at a time, and write rows up to their END; returns seconds."""
+    lengths = []
 
     def blocks() -> Iterator[Tensor]:
-        while some := list(itertools.islice(rest, block)):
+        while some := list(itertools.islice(frames, block)):
             codes = torch.stack(some, dim=2)
             # END has no sound: rows that have ended decode code 0 and are not written.
             end = codes == codec.codebook_size
@@ -128,7 +118,7 @@ def write_audio(
         for audio in codec.decode_stream(blocks()):
             for row, length in enumerate(lengths[-1]):
                 write[row](audio[row, 0, : length * codec.frame_size].cpu().numpy())
-    return [sum(row) / codec.frame_rate for row in zip(*lengths)] or [0.0] * len(paths)
+    return [sum(row) / codec.frame_rate for row in zip(*lengths)]
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ The loss is in nats per token; bits per second of audio compare runs of differen
 import contextlib
 import json
 import math
+import signal
+import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +28,8 @@ from tqdm import tqdm
 from nanomimi import checkpoint, weights
 from nanomimi.config import Config, option, parse, run_script
 from nanomimi.data import SPLITS, TokenDataset
-from nanomimi.distributed import compile_model, init_processes, resolve_device, resolve_dtype
+from nanomimi.distributed import catch_signals, compile_model, init_processes, lock
+from nanomimi.distributed import resolve_device, resolve_dtype
 from nanomimi.llama import LlamaConfig
 from nanomimi.lm import summarize
 
@@ -88,9 +91,11 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 def train(config: TrainConfig) -> dict[str, Any]:
     """Train until max_steps; returns the last validation.
 
-    Raises ValueError for unfit settings, FloatingPointError where training diverges.
+    Raises ValueError for unfit settings, FloatingPointError where training diverges, SystemExit
+    after SIGTERM or SIGINT, once the step is saved.
     """
-    with init_processes(resolve_device(config.device)) as processes:
+    with contextlib.ExitStack() as stack:
+        processes = stack.enter_context(init_processes(resolve_device(config.device)))
         device, rank, world_size = processes
         dtype = resolve_dtype(config.dtype, device)
         # Autocast computes products in bfloat16; weights and the residual stream stay in float32.
@@ -101,8 +106,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
         torch.manual_seed(config.seed)
         source = None if config.resume else config.init_from
         model, started = weights.start(run, source, device)
+        if rank == 0:
+            stack.enter_context(lock(config.out))
+        caught = stack.enter_context(catch_signals())
         optimizer = make_optimizer(model, config)
-        start = resume(config, run, model, optimizer)
+        start = 0
+        if config.resume:
+            start = checkpoint.resume(config.out, run, model, optimizer)
+        elif (config.out / "run.json").exists():
+            raise ValueError(f"{config.out} holds a run already; --resume it or change --out")
         log = checkpoint.Log(config.out / "log.jsonl", start, silent=rank > 0)
         size = sum(p.numel() for p in model.parameters())
         about = f"{size / 1e6:.2f}M parameters{started}, {device}, {dtype}"
@@ -143,11 +155,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
             optimizer.zero_grad(set_to_none=True)
 
             done, finished = step + 1, step + 1 == config.max_steps
-            if done % config.log_every == 0 or finished:
+            stop = bool(caught) and world_size == 1
+            if done % config.log_every == 0 or finished or stop:
+                # Several processes stop at a log line, where they wait for one another anyway.
+                sums = torch.stack([loss / world_size, loss.new_tensor(len(caught))])
                 if world_size > 1:
-                    dist.all_reduce(loss)  # the sum; gloo has no mean
+                    dist.all_reduce(sums)
+                stop = sums[1].item() > 0 and not finished
                 rate = (bar.format_dict["rate"] or 0.0) * frames_per_step * model.num_codebooks
-                line = {"step": done, "loss": loss.item() / world_size, "lr": lr}
+                line = {"step": done, "loss": sums[0].item(), "lr": lr}
                 line["gradient_norm"] = norm.item()
                 if not math.isfinite(line["loss"] + line["gradient_norm"]):
                     raise FloatingPointError(f"training diverged: {line}; lower --lr and --resume")
@@ -160,9 +176,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 units = "{nats_per_token:.3f} nats/token, {bits_per_second:.0f} bit/s"
                 text = f"step {done}: {units.format(**results)}, per codebook {codebooks}"
                 log.say(text, step=done, validation=results)
-            if (done % config.save_every == 0 or finished) and rank == 0:
+            if (done % config.save_every == 0 or finished or stop) and rank == 0:
                 checkpoint.save(config.out, done, model, optimizer, run)
                 log.say(f"step {done}: saved {config.out}")
+            if stop:
+                log.say(f"step {done}: stopped by a signal; --resume continues")
+                sys.exit(128 + max(caught, default=signal.SIGTERM))
         return results
 
 
@@ -188,7 +207,7 @@ def describe(config: TrainConfig, meta: dict[str, Any], dtype: torch.dtype) -> d
     """The content of run.json; its entry "model" is what checkpoint.build needs."""
     options = sorted(name for kind in checkpoint.MODELS.values() for name in kind.OPTIONS)
     given = {name: getattr(config, name) for name in options if getattr(config, name) is not None}
-    if foreign := sorted(given.keys() - checkpoint.MODELS[config.arch].OPTIONS):
+    if foreign := sorted(given.keys() - checkpoint.MODELS[config.arch].OPTIONS.keys()):
         raise ValueError(f"--{foreign[0]} does not go with --arch {config.arch}; leave it out")
     llama = dict(
         n_layer=config.n_layer,
@@ -218,31 +237,12 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, config.lr, (0.9, 0.95), weight_decay=decay, fused=True)
 
 
-def resume(
-    config: TrainConfig, run: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer
-) -> int:
-    """The step to start at; with --resume, after loading the saved weights and moments."""
-    if not config.resume:
-        if (config.out / "run.json").exists():
-            raise ValueError(f"{config.out} holds a run already; --resume it or change --out")
-        return 0
-    saved_model, saved = checkpoint.load(config.out, next(model.parameters()).device)
-    for part in ("model", "data"):
-        if saved[part] != run[part]:
-            raise ValueError(
-                f"--resume: the flags change the {part} in {config.out}/run.json; leave them out"
-            )
-    model.load_state_dict(saved_model.state_dict())
-    checkpoint.load_optimizer(config.out, saved["step"], model, optimizer)
-    return saved["step"]
-
-
 def main(config: TrainConfig) -> None:
     if config.resume:
         run = checkpoint.read(config.out)
         if not run["step"]:
             raise ValueError(f"{config.out} is not trained; use --init_from {config.out} and --out")
-        saved = {**run["config"], "resume": True}
+        saved = {**run["config"], "resume": True, "out": config.out}
         saved["data"] = [Path(path) for path in saved["data"]]
         config = parse(TrainConfig, doc=__doc__, defaults=saved)
     elif config.init_from:

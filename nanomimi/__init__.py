@@ -14,9 +14,10 @@ The idea alone: tokens, data, llama, decode, lm, flat, hierarchical, sampling, t
 
 from nanomimi.audio import read_audio, write_wav
 from nanomimi.codec import Codec
-from nanomimi.data import DatasetWriter, TokenDataset
+from nanomimi.data import TokenDataset
 from nanomimi.flat import FlatLM
 from nanomimi.hierarchical import HierarchicalLM
 from nanomimi.llama import KVCache, Llama, LlamaConfig
 from nanomimi.sampling import make_sampler
 from nanomimi.tokens import flatten, separator, unflatten
+from nanomimi.writer import DatasetWriter

@@ -1,17 +1,15 @@
 """Speed and memory of the models and the codec: python -m nanomimi.bench [--reference hf]
 
-Rows of a table are timed round-robin, so ratios to the first row are meaningful on a noisy machine;
-on a GPU, whose memory may hold one model only, one after another. Numbers are medians. MFU is the
-share of the rate at which a large matrix product runs.
+Numbers are medians. Rows are timed round-robin, so that noise meets all alike; on a GPU, whose
+memory may hold one model only, one after another. MFU is relative to a large matrix product.
 """
 
 import math
 import statistics
-import time
+import timeit
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise, product
 from typing import Any, Literal
 
 import torch
@@ -26,7 +24,6 @@ from nanomimi.flat import FlatLM
 from nanomimi.hierarchical import HierarchicalLM
 from nanomimi.llama import LlamaConfig
 
-Turn = Iterator[dict[str, float]]  # builds a model, then works once for each row it is asked for
 SHAPES = [  # device, name, batch size, tied; for all models Llama, codebooks, codes, frames
     ("cpu", "default", 4, False, LlamaConfig(4, 4, 4, 192, 512), 4, 256, 128),
     ("cpu", "A", 2, True, LlamaConfig(6, 6, 6, 384, 1024), 4, 2048, 128),
@@ -71,47 +68,43 @@ class HuggingFace(nn.Module):
         return self.llama.generate(prompt.flatten(1), max_new_tokens=frames * prompt.shape[1])
 
 
-def interleave(turns: dict[str, Turn], rounds: int) -> dict[str, dict[str, float]]:
-    """Medians of each turn's numbers, from rounds that alternate, after one round of warm-up."""
-    seen: dict[str, list[Any]] = {name: [] for name in turns}
-    for name in list(turns) * (rounds + 1):
+def interleave(rows: dict[str, Iterator[dict]], rounds: int) -> dict[str, dict[str, float]]:
+    """Medians of each row's numbers, from rounds that alternate, after one round of warm-up."""
+    seen: dict[str, list[Any]] = {name: [] for name in rows}
+    for name in list(rows) * (rounds + 1):
         try:
-            seen[name].append(next(turns[name], None))  # None after an error
+            seen[name].append(next(rows[name], None))  # None after an error
         except (RuntimeError, ImportError) as error:  # no memory, no compiler, no transformers
             print(f"{name} is left out: {str(error).splitlines()[0]}")
-    median = lambda rows: {k: statistics.median(row[k] for row in rows[1:]) for k in rows[0]}
-    return {name: median(rows) for name, rows in seen.items() if None not in rows}
+    median = lambda each: {k: statistics.median(row[k] for row in each[1:]) for k in each[0]}
+    return {name: median(each) for name, each in seen.items() if len(each) > rounds}
 
 
 def seconds(*works: Callable[[], Any], repeat: int = 1) -> list[float]:
-    """Wall time of a call of each work; the device is waited for after `repeat` calls."""
-    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
-    often = lambda work: [work() for _ in range(repeat)]
-    times = [(often(work), wait(), time.perf_counter())[-1] for work in (wait, *works)]
-    return [(end - start) / repeat for start, end in pairwise(times)]
+    """Wall time of a call of each work; a GPU is waited for after `repeat` calls."""
+    clock = lambda: (torch.get_device_module().synchronize(), timeit.default_timer())[1]
+    return [timeit.timeit(work, timer=clock, number=repeat) / repeat for work in works]
 
 
 def training_flops(model: nn.Module, tokens: Tensor) -> int:
     """Of forward and backward, two per multiply-add, attention in full."""
     # The counter knows attention in its plain form only. Windows are equal: one is enough.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(tokens[:1]).mean().backward()
-    model.zero_grad()
+        torch.autograd.grad(model(tokens[:1]).mean(), list(model.parameters()))
     return len(tokens) * counter.get_total_flops()
 
 
-def training_step(make: partial, tokens: Tensor, square: Tensor, compiled: bool) -> Turn:
-    """Forward, backward, clipping and fused AdamW; products have the dtype of `square`."""
-    model, dtype, gpu = make().to(tokens.device), square.dtype, tokens.is_cuda
-    cast = torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32)
-    forward = cast(torch.compile(model, dynamic=False, disable=not compiled))
+def training_step(make: partial, tokens: Tensor, square: Tensor, compiled: bool) -> Iterator[dict]:
+    """Forward, backward, clipping, fused AdamW. GB: weights, gradients, moments, what is saved."""
+    model, gpu = make().to(tokens.device), tokens.is_cuda
     flops, kept = training_flops(model, tokens), list(model.parameters())
     size, optimizer = sum(p.numel() for p in kept), torch.optim.AdamW(kept, lr=1e-4, fused=True)
+    cast = torch.autocast(tokens.device.type, square.dtype, square.dtype != torch.float32)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         cast(model)(tokens)
-    storages = {s.data_ptr(): s.nbytes() for s in (x.untyped_storage() for x in kept)}
-    memory = 12 * size + sum(storages.values())  # gradients, moments; weights, saved for backward
+    peak = 12 * size + sum(s.nbytes() for s in {x.untyped_storage() for x in kept})
     kept.clear()
+    forward = cast(torch.compile(model, dynamic=False, disable=not compiled))
 
     def step() -> None:
         forward(tokens).mean().backward()
@@ -122,22 +115,22 @@ def training_step(make: partial, tokens: Tensor, square: Tensor, compiled: bool)
     while True:
         t, product = seconds(step, lambda: square @ square, repeat=10 if gpu else 1)
         row = {"ms": 1e3 * t, "k tokens/s": tokens.numel() / t / 1e3, "M weights": size / 1e6}
-        row["% MFU"] = 100 * flops / t * product / (2 * len(square) ** 3)
         if gpu:
-            memory, name = torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()
+            peak, name = torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()
+            torch.cuda.reset_peak_memory_stats()
             row["% of peak"] = flops / t / 1e10 / next(p for n, p in PEAKS.items() if n in name)
-        yield row | {"GB": memory / 1e9}
+        yield row | {"% MFU": 100 * flops / t * product / (2 * len(square) ** 3), "GB": peak / 1e9}
 
 
-def generation(make: partial, prompt: Tensor, frames: int) -> Turn:
+def generation(make: partial, prompt: Tensor, frames: int) -> Iterator[dict]:
     """Greedy, without END. The limit is one product with all weights read; on a GPU, their copy."""
-    gpu, q, window = prompt.is_cuda, prompt.shape[1], prompt.new_zeros(1, 3 * prompt.shape[1])
+    gpu, q = prompt.is_cuda, prompt.shape[1]
     model = make().to(prompt.device, torch.bfloat16 if gpu else torch.float32)
     # Training takes six FLOPs per weight, so those of one more frame tell the weights it reads.
-    weights = (training_flops(model, window) - training_flops(model, window[:, q:])) // 6
+    more, less = (training_flops(model, prompt.new_zeros(1, n * q)) for n in (3, 2))
     greedy = lambda logits: logits[:, :-1].argmax(dim=-1)
     run = lambda n, replay=True: lambda: list(model.generate(prompt, n, greedy, 1, replay))
-    a = next(model.parameters()).new_ones(2, weights // 2048, 1024)
+    a = next(model.parameters()).new_ones(2, (more - less) // 6 // 2048, 1024)
     read = lambda: a[0].copy_(a[1]) if gpu else a.flatten(0, 1) @ a[0, : len(prompt)].T
     while True:
         first, unrecorded, all = seconds(run(1), run(1, replay=False), run(frames + 1))
@@ -146,44 +139,37 @@ def generation(make: partial, prompt: Tensor, frames: int) -> Turn:
         yield row | ({"ms of it to record": 1e3 * (first - unrecorded)} if gpu else {})
 
 
-def coding(codec: Codec, rows: int) -> Turn:
+def coding(codec: Codec, clips: int) -> Iterator[dict]:
     """Clips of four seconds, in x real time, and the latency of a frame when streaming."""
-    wav = 0.1 * torch.randn(rows, 1, 4 * codec.sample_rate, device=codec.device)
+    wav = 0.1 * torch.randn(clips, 1, 4 * codec.sample_rate, device=codec.device)
     codes = codec.encode(wav)
     stream = lambda: list(codec.decode_stream(codes.split(1, dim=2)))
     while True:
-        t = seconds(stream, partial(codec.encode, wav), partial(codec.decode, codes))
-        row = {"x encoding": 4 * rows / t[1], "x decoding": 4 * rows / t[2]}
-        yield {"ms": 1e3 * t[0] / codes.shape[2], **row}
+        t = seconds(stream, lambda: codec.encode(wav), lambda: codec.decode(codes))
+        speed = {"x encoding": 4 * clips / t[1], "x decoding": 4 * clips / t[2]}
+        yield {"ms": 1e3 * t[0] / codes.shape[2], **speed}
 
 
-def tables(config: BenchConfig, device: torch.device) -> Iterator[tuple[str, dict[str, Turn]]]:
-    """Every table's title and the turns that fill its rows."""
-    gpu, hf = device.type == "cuda", config.reference == "hf"
-    kinds, auto = (FlatLM, joint_softmax, HuggingFace), resolve_dtype("auto", device)
-    # Without matrix instructions a CPU can take forty times as long in bfloat16.
-    dtypes = dict.fromkeys([auto] if gpu else [torch.float32, auto])
-    small = gpu and torch.cuda.mem_get_info()[1] < 40e9  # 1.0B and its moments take 16 GB of 24
-    for _, label, batch_size, tied, *sizes in [s for s in SHAPES if s[0] == device.type]:
-        models = {kind.__name__: partial(kind, *sizes, tied=tied) for kind in kinds[: 2 + hf]}
+def tables(config: BenchConfig, device: torch.device) -> Iterator[tuple[str, dict, partial]]:
+    """Every table's title, what its rows are about, and what makes a row of one of them."""
+    gpu, dtype = device.type == "cuda", resolve_dtype("auto", device)
+    kinds = [FlatLM, joint_softmax, HuggingFace][: 2 + (config.reference == "hf")]
+    square = torch.randn(2 * [8192 if gpu else 1536], dtype=dtype, device=device)
+    for _, label, batch, tied, *sizes in [s for s in SHAPES if s[0] == device.type]:
+        models = {kind.__name__: partial(kind, *sizes, tied=tied) for kind in kinds}
         models["HierarchicalLM"] = partial(HierarchicalLM, *sizes)
-        batch_size //= 8 if small else 1
-        tokens = torch.randint(sizes[2], (batch_size, sizes[1] * (sizes[3] + 1)), device=device)
-        for dtype, compiled in product(dtypes, (False, True)[: 1 + (gpu or config.compile)]):
-            square = torch.randn(2 * [8192 if gpu else 1536], dtype=dtype, device=device)
-            turns = {k: training_step(m, tokens, square, compiled) for k, m in models.items()}
-            how = f"batch {batch_size}, {str(dtype)[6:]}{', compiled' * compiled}"
-            yield f"training, {label}, {how}; ms a step", turns
+        tokens = torch.randint(sizes[2], (batch, sizes[1] * (sizes[3] + 1)), device=device)
+        for how in ["", ", compiled"][: 1 + (gpu or config.compile)]:
+            row = partial(training_step, tokens=tokens, square=square, compiled=bool(how))
+            yield f"training, {label}, batch {batch}, {str(dtype)[6:]}{how}; ms a step", models, row
         del models["joint_softmax"]  # per token it generates as FlatLM does
-        for rows in (1, 8):
-            prompt = tokens.new_zeros(rows, sizes[1], 1)
-            turns = {k: generation(m, prompt, config.frames) for k, m in models.items()}
-            yield f"generation, {label}, batch {rows}; ms a token", turns
+        for n in (1, 8):
+            row = partial(generation, prompt=tokens.new_zeros(n, sizes[1], 1), frames=config.frames)
+            yield f"generation, {label}, batch {n}; ms a token", models, row
     full = build({**KYUTAI, "quantizer": {**KYUTAI["quantizer"], "n_q": 8}}).to(device)
     codecs = {"bundled": Codec.load("tiny", 8, device), "full size": Codec(full, "", "")}
-    for rows in (1, 8):
-        turns = {k: coding(c, rows) for k, c in codecs.items()}
-        yield f"codec, batch {rows}; ms a streamed frame", turns
+    for n in (1, 8):
+        yield f"codec, batch {n}; ms a streamed frame", codecs, partial(coding, clips=n)
 
 
 def describe(device: torch.device) -> str:
@@ -200,19 +186,18 @@ def describe(device: torch.device) -> str:
 def bench(config: BenchConfig) -> None:
     """Measure and print."""
     device = resolve_device(config.device)
+    gpu = device.type == "cuda"
     print(describe(device))
-    for title, turns in tables(config, device):
+    for title, subjects, row in tables(config, device):
         if config.part in ("all", title.split(",")[0]):
             print(f"\n{title}")
             torch.compiler.reset()
-            alone = ({name: turns.pop(name)} for name in [*turns])
             rows = {}
-            for some in alone if device.type == "cuda" else [turns]:
-                rows |= interleave(some, config.rounds)
-            for name, row in rows.items():
-                row["x time"] = row["ms"] / next(iter(rows.values()))["ms"]
-                shown = (f"{x:>8,.4g} {unit}".replace("nan", "  -") for unit, x in row.items())
-                print(f"{name:16}", *shown)
+            for names in [[name] for name in subjects] if gpu else [list(subjects)]:
+                rows |= interleave({name: row(subjects[name]) for name in names}, config.rounds)
+            for name, numbers in rows.items():
+                numbers["x time"] = numbers["ms"] / next(iter(rows.values()))["ms"]
+                print(f"{name:16}", *(f"{x:>8,.4g} {unit}" for unit, x in numbers.items()))
 
 
 if __name__ == "__main__":

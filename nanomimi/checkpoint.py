@@ -11,16 +11,15 @@ run.json is replaced last and atomically, so a run folder always holds one compl
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from nanomimi.data import read_json
+from nanomimi.data import META
+from nanomimi.files import fits, load_tensors, read_json, replacing, save_tensors
 from nanomimi.flat import FlatLM
 from nanomimi.hierarchical import HierarchicalLM
 from nanomimi.llama import LlamaConfig, RopeScaling
@@ -28,61 +27,97 @@ from nanomimi.lm import LanguageModel
 
 FORMAT = 2
 MODELS: dict[str, type[LanguageModel]] = {"flat": FlatLM, "hierarchical": HierarchicalLM}
+AGAIN = "train the run again"
+RUN = {  # the kind of run.json
+    "format": Literal[FORMAT],
+    "step": int,
+    "model": {
+        "arch": Literal[tuple(MODELS)],
+        **dict.fromkeys(("num_codebooks", "codebook_size", "max_frames"), int),
+        "llama": LlamaConfig,
+        "options": {...: Any},
+    },
+    "config": {"data": list[str], ...: Any},
+    "data": META | {"splits": list[META["splits"]]},
+}
 
 
 def build(model: dict[str, Any]) -> LanguageModel:
-    """The model that run.json's "model" describes, with new weights."""
-    scaling = model["llama"].get("rope_scaling")
+    """The model that run.json's "model" describes, with new weights. ValueError for none."""
+    kind, scaling, given = MODELS[model["arch"]], model["llama"]["rope_scaling"], model["options"]
+    if not fits(given, {name: kind.OPTIONS.get(name, ()) for name in given}):
+        raise ValueError(f"options {given} do not fit {model['arch']}")
     llama = LlamaConfig(**{**model["llama"], "rope_scaling": scaling and RopeScaling(**scaling)})
     tokens = model["num_codebooks"], model["codebook_size"], model["max_frames"]
-    return MODELS[model["arch"]](llama, *tokens, **model["options"])
+    return kind(llama, *tokens, **given)
 
 
 def save(
     folder: Path, step: int, model: LanguageModel, optimizer: Optimizer | None, run: dict[str, Any]
 ) -> None:
     """Write a checkpoint. `run` has the entries "model" (see build), "config" and "data"."""
-    paths = [_path(folder, kind, step) for kind in ("model", "optimizer")]
-    _save_tensors(model.state_dict(), paths[0])
+    save_tensors(model.state_dict(), _path(folder, "model", step))
     if optimizer is not None:  # imported weights have none
-        _save_tensors(_moments(model, optimizer), paths[1])
-    new = folder / "run.json.tmp"
-    new.write_text(json.dumps({"format": FORMAT, "step": step, **run}, indent=1) + "\n")
-    new.replace(folder / "run.json")
-    # A crash may have left files of other steps than the last one.
-    for path in {*folder.glob("model-*"), *folder.glob("optimizer-*")} - {*paths}:
-        path.unlink()
+        save_tensors(moments(model, optimizer), _path(folder, "optimizer", step))
+    with replacing(folder / "run.json") as new:
+        new.write_text(json.dumps({"format": FORMAT, "step": step, **run}, indent=1) + "\n")
+    _delete_others(folder, step)
 
 
 def read(folder: Path) -> dict[str, Any]:
     """run.json. Raises FileNotFoundError or ValueError where the folder is not a run."""
-    path = folder / "run.json"
-    if not path.exists():
+    if not (folder / "run.json").exists():
         raise FileNotFoundError(f"{folder} is not a run (no run.json); run python train.py first")
-    return read_json(path, FORMAT, "train the run again")
+    return read_json(folder / "run.json", RUN, AGAIN)
 
 
 def load(folder: Path, device: torch.device | str = "cpu") -> tuple[LanguageModel, dict[str, Any]]:
     """The run's model, with its weights, and run.json. Raises as read does."""
     run = read(folder)
-    model = build(run["model"]).to(device)
     path = _path(folder, "model", run["step"])
+    try:
+        with torch.device("meta"):  # shapes alone
+            model = build(run["model"])
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{folder}/run.json cannot be used; {AGAIN} ({error})") from None
     if not path.exists() and read(folder) != run:
         return load(folder, device)  # the run was saved in between
-    model.load_state_dict(_load_tensors(path, model.state_dict(), device))
+    tensors = load_tensors(path, model.state_dict(), AGAIN, device)
+    model.load_state_dict(tensors, assign=True)
     return model, run
 
 
-def load_optimizer(folder: Path, step: int, model: LanguageModel, optimizer: Optimizer) -> None:
-    """Put the moments saved at `step` into a new optimizer of the model's parameters."""
-    keys, like = ("exp_avg", "exp_avg_sq"), {}
+def resume(folder: Path, run: dict[str, Any], model: LanguageModel, optimizer: Optimizer) -> int:
+    """Load weights and moments; returns their step. ValueError where it is another run."""
+    device = model.embedding.weight.device
+    saved_model, saved = load(folder, device)
+    for part in ("model", "data"):
+        if saved[part] != run[part]:
+            raise ValueError(
+                f"--resume: the flags change the {part} in {folder}/run.json; leave them out"
+            )
+    model.load_state_dict(saved_model.state_dict())
+    path = _path(folder, "optimizer", saved["step"])
+    restore(load_tensors(path, moments(model, optimizer), AGAIN, device), model, optimizer)
+    _delete_others(folder, saved["step"])
+    return saved["step"]
+
+
+def moments(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """AdamW's state by the names of the parameters; zeros before a parameter's first update."""
+    found = {}
     for name, parameter in model.named_parameters():
-        like |= {f"{name}.{key}": parameter for key in keys} | {f"{name}.step": torch.zeros(())}
-    moments = _load_tensors(_path(folder, "optimizer", step), like, model.embedding.weight.device)
+        zeros = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+        state = optimizer.state[parameter] or {"step": torch.zeros(()), **zeros}
+        found |= {f"{name}.{key}": value for key, value in state.items()}
+    return found
+
+
+def restore(saved: dict[str, Tensor], model: nn.Module, optimizer: Optimizer) -> None:
+    """The inverse of `moments`."""
     for name, parameter in model.named_parameters():
-        state = {key: moments[f"{name}.{key}"] for key in ("step", *keys)}
-        # Cloned: a loaded tensor may be a view of the file, and the optimizer writes into it.
-        optimizer.state[parameter] = {key: tensor.clone() for key, tensor in state.items()}
+        keys = ("step", "exp_avg", "exp_avg_sq")
+        optimizer.state[parameter] = {key: saved[f"{name}.{key}"] for key in keys}
 
 
 class Log:
@@ -91,11 +126,11 @@ class Log:
     def __init__(self, path: Path, start: int, silent: bool) -> None:
         self.path, self.silent = path, silent
         if not silent:
-            path.parent.mkdir(parents=True, exist_ok=True)
             # Steps that were logged after the last checkpoint will be done again.
-            lines = path.read_text(errors="replace").splitlines() if start else []
+            lines = path.read_bytes().splitlines() if start and path.exists() else []
             kept = [line for line in lines if _step(line) <= start]
-            path.write_text("".join(f"{line}\n" for line in kept))
+            with replacing(path) as new:
+                new.write_bytes(b"".join(line + b"\n" for line in kept))
 
     def say(self, text: str, **line: Any) -> None:
         """Print text, if any; write the line, if any, to log.jsonl."""
@@ -105,56 +140,20 @@ class Log:
                 file.write(json.dumps(line) + "\n" if line else "")
 
 
-def _step(line: str) -> float:
+def _step(line: bytes) -> float:
     """The step of a line of log.jsonl; infinite where a crash tore the line."""
     try:
-        return json.loads(line)["step"]
-    except json.JSONDecodeError:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, LookupError, RecursionError):
         return math.inf
+
+
+def _delete_others(folder: Path, step: int) -> None:
+    """Delete the files of other steps. A crash may have left more than those of the last one."""
+    kept = {_path(folder, kind, step) for kind in ("model", "optimizer")}
+    for path in {*folder.glob("model-*"), *folder.glob("optimizer-*")} - kept:
+        path.unlink()
 
 
 def _path(folder: Path, kind: str, step: int) -> Path:
     return folder / f"{kind}-{step:06d}.safetensors"
-
-
-def _moments(model: LanguageModel, optimizer: Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}.{key}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state[parameter].items()
-    }
-
-
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    _require_finite(tensors, path)
-    new = path.with_suffix(".tmp")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, new)
-    new.replace(path)
-
-
-def _require_finite(tensors: dict[str, Tensor], path: Path) -> None:
-    for name, tensor in tensors.items():
-        # The norm squares: a weight of 1e30, with which a model is lost as well, is found too.
-        if not tensor.float().norm().isfinite():
-            raise FloatingPointError(f"{path}: {name} is not finite; train again with a lower --lr")
-
-
-def _load_tensors(
-    path: Path, like: dict[str, Tensor], device: torch.device | str
-) -> dict[str, Tensor]:
-    """The file's tensors, which must have the names and shapes of `like`, in its dtypes."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing, though run.json names it; train the run again")
-    try:
-        tensors = load_file(path, device=str(device))
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); train the run again") from None
-    shapes, expected = ({n: t.shape for n, t in each.items()} for each in (tensors, like))
-    # AdamW would write beyond the end of a moment that is too small.
-    for name in (name for name in shapes | expected if shapes.get(name) != expected.get(name)):
-        raise ValueError(
-            f"{path}: {name} has the shape {shapes.get(name)}, not {expected.get(name)}; "
-            "train the run again"
-        )
-    _require_finite(tensors, path)
-    return {name: tensor.to(like[name].dtype) for name, tensor in tensors.items()}

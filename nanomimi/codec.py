@@ -8,10 +8,10 @@ quantizes what the ones before it left over.
 import contextlib
 import copy
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -23,9 +23,10 @@ os.environ.update(NO_CUDA_GRAPH="1", NO_TORCH_COMPILE="1")
 
 from moshi.models import MimiModel, loaders
 from moshi.modules.transformer import StreamingMultiheadAttention
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
+
+from nanomimi.files import load_tensors, read_json
 
 TINY = Path(__file__).parent / "tiny" / "mimi.safetensors"
 CHUNK_SECONDS = 10  # longer audio is encoded and decoded in chunks: memory stays constant
@@ -62,13 +63,10 @@ class Codec:
             raise ValueError(
                 f"--num_codebooks must be 1 to {most} for {source}; got {num_codebooks}"
             )
-        try:
-            mimi = loaders.get_mimi(path, shape, device, num_codebooks)
-        except (RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:120]
-            raise ValueError(
-                f"{path} and {shape_path.name} beside it do not hold this Mimi ({reason})"
-            ) from None
+        # Compared first: moshi's own errors are bare, and it does not look at the numbers.
+        like = build(shape, "meta").state_dict()
+        load_tensors(path, like, f"it must hold the Mimi of {shape_path.name} beside it")
+        mimi = loaders.get_mimi(path, shape, device, num_codebooks)
         return cls(mimi, source, hashlib.sha256(path.read_bytes()).hexdigest())
 
     def with_shared_weights(self) -> "Codec":
@@ -140,17 +138,26 @@ class Codec:
 KYUTAI: dict = loaders._mimi_config  # the shape of Kyutai's Mimi
 
 
-def build(shape: dict) -> MimiModel:
-    """An untrained Mimi of that shape; its codebooks are zero."""
-    return loaders.get_mimi(None, shape, num_codebooks=shape["quantizer"]["n_q"])
+def build(shape: dict, device: torch.device | str = "cpu") -> MimiModel:
+    """An untrained Mimi of that shape; its codebooks are zero. ValueError where moshi has none."""
+    try:
+        return loaders.get_mimi(None, shape, device, num_codebooks=shape["quantizer"]["n_q"])
+    except (RuntimeError, AssertionError, ArithmeticError) as error:
+        raise ValueError(f"moshi cannot build this Mimi ({' '.join(str(error).split())})") from None
 
 
 def read_shape(path: Path) -> dict:
     """The shape in a .json of a Mimi, in moshi's terms. Raises FileNotFoundError, ValueError."""
-    try:
-        return json.loads(path.read_text())["mimi"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(f"{path} does not describe a Mimi (no entry mimi); remove it") from None
+    return read_json(path, {"mimi": _like(KYUTAI), ...: Any}, "it must describe a Mimi")["mimi"]
+
+
+def _like(example: Any) -> Any:
+    """The kind of shapes that differ from the example in numbers, not in words and switches."""
+    if isinstance(example, dict):
+        return {key: _like(value) for key, value in example.items()}
+    if isinstance(example, list):
+        return list[_like(example[0])]
+    return Literal[example] if isinstance(example, (str, bool)) else type(example)
 
 
 def _weights(source: str) -> Path:

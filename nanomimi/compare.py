@@ -1,8 +1,7 @@
 """The paper's comparison in small, a run per core: python -m nanomimi.compare --jobs 2
 
-Flat against hierarchical, then one to eight codebooks. Every model is trained and evaluated with
-every seed, by the commands that are printed; finished runs are not repeated. Then the table is
-printed, and OUT/compare.svg shows every run of flat against hierarchical.
+Every model is trained and evaluated with every seed, by the commands that are printed; finished
+runs are not repeated. OUT/compare.svg shows every run of flat against hierarchical.
 """
 
 import json
@@ -14,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -30,7 +28,6 @@ COMPARISON = {
     "hierarchical, same compute": "--arch hierarchical --n_embd 384 --lr 1.5e-3",
 }
 MODELS = {**COMPARISON, **{f"flat, Q = {q}": f"--num_codebooks {q}" for q in (1, 2, 8)}}
-Results = dict[str, list[dict[str, Any]]]  # evaluations of each model's runs
 
 
 @dataclass(frozen=True)
@@ -55,21 +52,22 @@ def compare(config: CompareConfig) -> None:
         tokens = torch.zeros(1, (model.max_frames + 1) * model.num_codebooks, dtype=torch.long)
         flops[name] = training_flops(model, tokens) / model.max_frames / 1e6
     print(table(results, flops))
-    (config.out / "compare.svg").write_text(draw({name: results[name] for name in COMPARISON}))
+    # A dot is a run.
+    point = lambda run: (run["held_out"]["nats_per_frame"], run["consistency"]["margin"])
+    series = {name: [point(run) for run in results[name]] for name in COMPARISON}
+    svg = plot("held-out nats per frame", "voice margin, nats per token", series, lines=False)
+    (config.out / "compare.svg").write_text(svg)
 
 
 def train_and_evaluate(config: CompareConfig, name: str, seed: int) -> Path:
     """The run folder, after what is missing of training and evaluation."""
-    run, commands = config.out / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{seed}", []
-    if not (run / "run.json").exists():
-        flags = f"--seed {seed} --max_steps {config.max_steps} {MODELS[name]}"
-        commands.append(f"train.py --data {config.data} --out {run} {flags}")
-    elif checkpoint.read(run)["step"] < config.max_steps:
-        commands.append(f"train.py --out {run} --resume")
-    if not (run / "evaluation.json").exists():
-        commands.append(f"-m nanomimi.evaluate --run {run}")
+    run = config.out / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{seed}"
+    if (run / "evaluation.json").exists():
+        return run
+    new = f"--data {config.data} --seed {seed} --max_steps {config.max_steps} {MODELS[name]}"
+    flags = "--resume" if (run / "run.json").exists() else new
     env = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // config.jobs))}
-    for words in commands:
+    for words in (f"train.py --out {run} {flags}", f"-m nanomimi.evaluate --run {run}"):
         tqdm.write(f"python {words}")
         with open(run.with_suffix(".log"), "a") as log:
             command = [sys.executable, *words.split()]
@@ -78,7 +76,7 @@ def train_and_evaluate(config: CompareConfig, name: str, seed: int) -> Path:
     return run
 
 
-def table(results: Results, flops: dict[str, float]) -> str:
+def table(results: dict[str, list[dict]], flops: dict[str, float]) -> str:
     """Markdown: mean ± standard deviation over the seeds, or the number of a single seed."""
     head = "model | parameters | MFLOP per frame | nats per frame | by codebook | voice % | margin"
     rows = [head, "|".join(["---"] * 7)]
@@ -88,16 +86,9 @@ def table(results: Results, flops: dict[str, float]) -> str:
         cells = [name, f"{runs[0]['parameters'] / 1e6:.2f}M", f"{flops[name]:.0f}"]
         by_codebook = (f"{mean(q):.2f}" for q in zip(*of("held_out", "nats_per_codebook")))
         cells += [show(of("held_out", "nats_per_frame"), 2), " ".join(by_codebook)]
-        percent = [100 * share for share in of("consistency", "accuracy")]
-        rows.append(" | ".join([*cells, show(percent, 0), show(of("consistency", "margin"), 3)]))
+        cells += [show([100 * share for share in of("consistency", "accuracy")], 0)]
+        rows.append(" | ".join([*cells, show(of("consistency", "margin"), 3)]))
     return "\n".join(f"| {row} |" for row in rows)
-
-
-def draw(results: Results) -> str:
-    """Voice margin over nats per frame; a dot is a run."""
-    point = lambda run: (run["held_out"]["nats_per_frame"], run["consistency"]["margin"])
-    series = {name: [point(run) for run in runs] for name, runs in results.items()}
-    return plot("held-out nats per frame", "voice margin, nats per token", series, lines=False)
 
 
 if __name__ == "__main__":

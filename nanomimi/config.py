@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from nanomimi.files import fits
+
 C = TypeVar("C", bound="Config")
 BOUNDS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le}
 
@@ -32,9 +34,10 @@ class Config:
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            choices = typing.get_args(f.type) if typing.get_origin(f.type) is Literal else None
-            if choices and value not in choices:
-                raise ValueError(f"--{f.name} must be one of {', '.join(choices)}; got {value!r}")
+            if not fits(value, f.type):
+                kinds = typing.get_args(f.type) or (f.type,)
+                kind = " or ".join(getattr(each, "__name__", str(each)) for each in kinds)
+                raise ValueError(f"--{f.name} must be {kind}; got {value!r:.80}")
             for name, bound in f.metadata["bounds"].items():
                 if value is not None and not BOUNDS[name](value, bound):
                     raise ValueError(f"--{f.name} must be {name} {bound}; got {value}")
@@ -54,10 +57,16 @@ def parse(config: type[C], argv: list[str] | None = None, doc: str = "", default
 
 def run_script(config: type[C], main: Callable[[C], Any], doc: str | None = None) -> None:
     """A script's last line: parse, call `main`, print errors that a user can fix as one line."""
+    values = None
     try:
-        main(parse(config, doc=doc))
+        values = parse(config, doc=doc)
+        main(values)
     except (ValueError, OSError, ArithmeticError, NotImplementedError, KeyboardInterrupt) as error:
-        print(f"{Path(sys.argv[0]).name}: {str(error) or 'interrupted'}", file=sys.stderr)
+        # A full disk is reported without the file's name.
+        full = isinstance(error, OSError) and error.errno and error.filename is None
+        place = f" (in {values.out})" if full and hasattr(values, "out") else ""
+        text = " ".join(str(error).split()) or "interrupted"
+        print(f"{Path(sys.argv[0]).name}: {text}{place}", file=sys.stderr)
         sys.exit({KeyboardInterrupt: 130, FloatingPointError: 1}.get(type(error), 2))
 
 
@@ -76,5 +85,11 @@ def _add(parser: argparse.ArgumentParser, f: Any) -> None:
     elif typing.get_origin(kind) is Literal:
         how["choices"] = typing.get_args(kind)
     else:
-        how["type"] = kind
+        how["type"] = _path if kind is Path else kind
     parser.add_argument(f.name if positional else f"--{f.name}", default=f.default, **how)
+
+
+def _path(text: str) -> Path:
+    if not text:  # Path("") is the current folder
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)

@@ -6,103 +6,29 @@ data/NAME/utterances.jsonl     per utterance: split, file, group, first_frame, n
 """
 
 import functools
-import json
 from collections.abc import Sequence
-from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nanomimi.codec import Codec
-from nanomimi.tokens import flatten, separator, unflatten
+from nanomimi.files import Positive, read_json
+from nanomimi.tokens import unflatten
 
 FORMAT = 2
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
-
-
-class DatasetWriter:
-    """Writes utterances into a data folder.
-
-    with DatasetWriter(Path("data/mine"), codec) as writer:
-        writer.add("train", codes, file="anna/1.wav", group="anna")
-
-    Files appear under their final names only once all are complete.
-    """
-
-    def __init__(self, out: Path, codec: Codec, required: Sequence[Split] = SPLITS) -> None:
-        """`required`: the splits that may not stay empty."""
-        self.out, self.codec, self.required = out, codec, required
-        largest_id = codec.num_codebooks * (codec.codebook_size + 1) - 1
-        self.dtype = np.dtype(np.uint16 if largest_id < 2**16 else np.uint32)
-        self.frames, self.utterances = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
-
-    def __enter__(self) -> "DatasetWriter":
-        self.out.mkdir(parents=True, exist_ok=True)
-        self._bins: dict[Split, BinaryIO] = {s: open(self._new(f"{s}.bin"), "wb") for s in SPLITS}
-        self._index = open(self._new("utterances.jsonl"), "w")
-        for split in SPLITS:
-            self._write(split, separator(self.codec.num_codebooks, self.codec.codebook_size))
-        return self
-
-    def add(self, split: Split, codes: Tensor, file: str, group: str) -> None:
-        """Append one utterance, codes (Q, T). Evaluations compare groups: speakers."""
-        # One separator stands at the start, one after each utterance.
-        first = self.frames[split] + self.utterances[split] + 1
-        place = {"first_frame": first, "num_frames": codes.shape[1]}
-        line = {"split": split, "file": file, "group": group, **place}
-        self._index.write(json.dumps(line) + "\n")
-        self._write(split, codes)
-        self._write(split, separator(self.codec.num_codebooks, self.codec.codebook_size))
-        self.frames[split] += codes.shape[1]
-        self.utterances[split] += 1
-
-    @property
-    def seconds(self) -> float:
-        return sum(self.frames.values()) / self.codec.frame_rate
-
-    def __exit__(
-        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for file in (*self._bins.values(), self._index):
-            file.close()
-        names = [f"{s}.bin" for s in SPLITS] + ["utterances.jsonl", "meta.json"]
-        empty = [s for s in self.required if not self.utterances[s]]
-        if kind is not None or empty:
-            for name in names:
-                self._new(name).unlink(missing_ok=True)
-            if kind is None:
-                raise ValueError(f"nothing was prepared: no utterance for {' or '.join(empty)}")
-            return
-        self._new("meta.json").write_text(json.dumps(self.meta(), indent=1) + "\n")
-        # meta.json goes first and comes last, so an interrupted replacement is not taken for data.
-        (self.out / "meta.json").unlink(missing_ok=True)
-        for name in names:
-            self._new(name).replace(self.out / name)
-
-    def meta(self) -> dict[str, Any]:
-        copied = "num_codebooks codebook_size frame_rate sample_rate".split()
-        counts = lambda split: {"utterances": self.utterances[split], "frames": self.frames[split]}
-        return {
-            "format": FORMAT,
-            "codec": self.codec.name,
-            "codec_sha256": self.codec.sha256,
-            "moshi": version("moshi"),
-            **{name: getattr(self.codec, name) for name in copied},
-            "dtype": self.dtype.name,
-            "splits": {split: counts(split) for split in SPLITS},
-        }
-
-    def _write(self, split: Split, codes: Tensor) -> None:
-        tokens = flatten(codes[None], self.codec.codebook_size)[0]
-        self._bins[split].write(tokens.cpu().numpy().astype(self.dtype).tobytes())
-
-    def _new(self, name: str) -> Path:
-        return self.out / f"{name}.tmp"
+# The kinds of a line of utterances.jsonl and of meta.json.
+UTTERANCE = {"split": Split, **dict.fromkeys(("file", "group"), str)}
+UTTERANCE |= dict.fromkeys(("first_frame", "num_frames"), int)
+META = {"format": Literal[FORMAT], **dict.fromkeys(("codec", "codec_sha256", "moshi"), str)}
+META |= dict.fromkeys(("num_codebooks", "codebook_size", "sample_rate"), int)
+META |= {"frame_rate": Positive, "dtype": Literal["uint16", "uint32"]}
+META["splits"] = dict.fromkeys(SPLITS, dict.fromkeys(("utterances", "frames"), int))
+AGAIN = "prepare the data again, with --overwrite"
 
 
 class TokenDataset:
@@ -114,6 +40,8 @@ class TokenDataset:
     def __init__(self, folders: Sequence[Path], split: Split, num_codebooks: int) -> None:
         """Raises FileNotFoundError or ValueError where the folders do not hold such data."""
         self.folders, self.split, self.num_codebooks = folders, split, num_codebooks
+        if not folders:
+            raise ValueError("no data folder is given; run python prepare.py and give --data")
         metas = [read_meta(folder) for folder in folders]
         self.meta = {**metas[0], "splits": [meta["splits"] for meta in metas]}
         self.stored, self.dtype = self.meta["num_codebooks"], np.dtype(self.meta["dtype"])
@@ -130,7 +58,7 @@ class TokenDataset:
             frames = counts["frames"] + counts["utterances"] + 1
             size = frames * self.stored * self.dtype.itemsize
             if not path.exists() or path.stat().st_size != size:
-                raise ValueError(f"{path} does not have {size} bytes (meta.json); prepare it again")
+                raise ValueError(f"{path} does not have {size} bytes (meta.json); {AGAIN}")
             self.streams.append((path, self.num_frames, self.num_frames + frames))
             self.num_frames += frames
 
@@ -146,7 +74,7 @@ class TokenDataset:
                 # As unsigned integers, ids of a codebook before their own are large.
                 codes = (pieces[-1] - classes * np.arange(self.num_codebooks)).view(np.uint64)
                 if codes.max() >= classes:
-                    raise ValueError(f"{path} has ids outside of their codebooks; prepare it again")
+                    raise ValueError(f"{path} has ids outside of their codebooks; {AGAIN}")
         return torch.from_numpy(np.concatenate(pieces)).flatten()
 
     def codes(self, start: int, count: int) -> Tensor:
@@ -157,10 +85,13 @@ class TokenDataset:
     def utterances(self) -> list[dict[str, Any]]:
         """The split's lines of utterances.jsonl: file, group, first_frame, num_frames."""
         lines = []
-        for path, first, _ in self.streams:
-            for text in (path.parent / "utterances.jsonl").read_text().splitlines():
-                if (line := json.loads(text))["split"] == self.split:
-                    lines.append({**line, "first_frame": first + line["first_frame"]})
+        for path, first, end in self.streams:
+            index = path.with_name("utterances.jsonl")
+            own = [u for u in read_json(index, list[UTTERANCE], AGAIN) if u["split"] == self.split]
+            starts = [*(u["first_frame"] for u in own), end - first]
+            if starts != list(accumulate((u["num_frames"] + 1 for u in own), initial=1)):
+                raise ValueError(f"{index} does not fit {path.name}; {AGAIN}")
+            lines += [{**u, "first_frame": first + u["first_frame"]} for u in own]
         return lines
 
     def train_batch(
@@ -207,18 +138,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     path = folder / "meta.json"
     if not path.exists():
         raise FileNotFoundError(f"{folder} is no data folder (no meta.json); run python prepare.py")
-    return read_json(path, FORMAT, "prepare the data again")
-
-
-def read_json(path: Path, format: int, remedy: str) -> dict[str, Any]:
-    """A JSON object that says of which format it is, or ValueError."""
-    try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError:
-        content = None
-    if not isinstance(content, dict) or content.get("format") != format:
-        raise ValueError(f"{path} is not of format {format}; {remedy}")
-    return content
+    return read_json(path, META, AGAIN)
 
 
 @functools.lru_cache(maxsize=2)

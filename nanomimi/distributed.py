@@ -1,10 +1,12 @@
 """Processes, device and precision."""
 
 import contextlib
-import math
+import fcntl
 import os
-import time
+import signal
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -47,32 +49,47 @@ def init_processes(device: torch.device) -> Iterator[Processes]:
         dist.destroy_process_group()
 
 
-def resolve_dtype(name: str, device: torch.device, measure: bool = True) -> torch.dtype:
-    """`auto`: bfloat16 where the device multiplies matrices clearly faster in it.
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Makes the folder, and keeps it from other processes that write into it, or ValueError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ValueError(f"{folder} is in use by another process; change --out") from None
+    finally:
+        os.close(descriptor)
 
-    With `measure` false, only on a GPU: float32 gives the same numbers on every CPU.
+
+@contextlib.contextmanager
+def catch_signals() -> Iterator[list[int]]:
+    """Yields a list that collects SIGTERM and SIGINT, instead of ending the process at once."""
+    caught: list[int] = []
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread():
+        numbers = ()  # only the main thread may set handlers
+    old = {n: signal.signal(n, lambda number, _: caught.append(number)) for n in numbers}
+    try:
+        yield caught
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def resolve_dtype(name: str, device: torch.device, amx: bool = True) -> torch.dtype:
+    """`auto`: bfloat16 on a GPU and, if `amx`, on a CPU that has instructions for its products.
+
+    On other CPUs bfloat16 is slower than float32, on some of them forty times.
     """
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if fast else torch.float32
-    if device.type != "cpu" or not measure:
-        return torch.float32
-    # CPUs are measured: with matrix instructions bfloat16 wins, without them it may lose tenfold.
-    seconds = {dtype: math.inf for dtype in (torch.float32, torch.bfloat16)}
-    for i in range(30):
-        for dtype in seconds:  # in turns, so that other work on the machine disturbs both alike
-            a = torch.ones(512, 512, dtype=dtype, device=device)
-            start = time.perf_counter()
-            a @ a
-            seconds[dtype] = min(seconds[dtype], time.perf_counter() - start)
-        if i > 2 and seconds[torch.bfloat16] > 3 * seconds[torch.float32]:
-            break  # all thirty products would take ten seconds here
-    fast = [seconds[torch.float32] > 1.3 * seconds[torch.bfloat16]]
-    if dist.is_initialized():
-        dist.broadcast_object_list(fast)  # processes of one run must agree
-    return torch.bfloat16 if fast[0] else torch.float32
+    else:
+        fast = device.type == "cpu" and amx and torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
 
 
 def compile_model(

@@ -22,7 +22,7 @@ from nanomimi.lm import LanguageModel, Sampler
 class FlatLM(LanguageModel):
     """Embedding, one Llama, a head per codebook."""
 
-    OPTIONS = ("tied", "start_positions")
+    OPTIONS = {"tied": bool, "start_positions": int}
 
     def __init__(
         self, config: LlamaConfig, *sizes: int, tied: bool = False, start_positions: int = 0

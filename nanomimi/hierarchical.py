@@ -41,7 +41,7 @@ def csm_depth(config: LlamaConfig, **changes: int) -> LlamaConfig:
 class HierarchicalLM(LanguageModel):
     """Embedding, a Llama over frames, a smaller Llama inside the frame, a head per codebook."""
 
-    OPTIONS = ("depth_n_layer", "depth_n_head", "depth_n_embd", "depth_n_hidden")
+    OPTIONS = dict.fromkeys("depth_n_layer depth_n_head depth_n_embd depth_n_hidden".split(), int)
 
     def __init__(self, config: LlamaConfig, *sizes: int, **depth: int) -> None:
         """`sizes` as in LanguageModel; `depth`: OPTIONS that change the depth decoder's shape."""

@@ -14,15 +14,17 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from nanomimi.files import Positive
+
 
 @dataclass(frozen=True)
 class RopeScaling:
     """Llama 3's extension of RoPE to longer contexts (Llama 3.2 uses factor 32)."""
 
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
+    factor: Positive
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 4.0
+    original_max_position_embeddings: int = 8192
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,9 @@ class LlamaConfig:
     n_kv_head: int
     n_embd: int
     n_hidden: int
-    rope_theta: float = 10000.0
+    rope_theta: Positive = 10000.0
     rope_scaling: RopeScaling | None = None
-    norm_eps: float = 1e-5
+    norm_eps: Positive = 1e-5
     head_dim: int | None = None  # default: n_embd / n_head
 
     def __post_init__(self) -> None:
@@ -116,7 +118,7 @@ def rope(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 def _scale(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     """Slow down the rotations that do not complete in the original context; keep the fast ones."""
-    turns = scaling.original_max_positions * frequencies / (2 * math.pi)
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     blend = ((turns - low) / (high - low)).clamp(0, 1)
     return frequencies * (blend + (1 - blend) / scaling.factor)

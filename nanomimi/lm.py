@@ -24,7 +24,7 @@ class LanguageModel(nn.Module):
     next_frame(hidden (B, 1, C), steps, sampler) -> next frame (B, Q), hidden (B, 1, C) after it
     """
 
-    OPTIONS: tuple[str, ...] = ()  # keyword arguments of the constructor that only this model has
+    OPTIONS: dict[str, type] = {}  # keyword arguments that only this model has
 
     def __init__(
         self, config: LlamaConfig, num_codebooks: int, codebook_size: int, max_frames: int

@@ -16,7 +16,7 @@ def make_sampler(
     generator = torch.Generator(device).manual_seed(seed)
 
     def sample_token(logits: Tensor) -> Tensor:
-        if temperature == 0:
+        if temperature < 1e-6:  # logits / 1e-320 would be infinite
             return logits.argmax(dim=-1)
         probabilities = torch.softmax(logits / temperature, dim=-1)
         probabilities = keep_top_p(keep_top_k(probabilities, top_k), top_p)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from nanomimi import checkpoint
 from nanomimi import codec as codec_module
 from nanomimi.codec import Codec
-from nanomimi.data import DatasetWriter
+from nanomimi.writer import DatasetWriter
 from nanomimi.llama import LlamaConfig
 from nanomimi.lm import LanguageModel
 from prepare import PrepareConfig, prepare

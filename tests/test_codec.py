@@ -168,13 +168,13 @@ def test_files_that_are_not_this_codec_are_refused(random_mimi, tmp_path):
     with pytest.raises(ValueError, match="must be 1 to 6"):
         Codec.load(str(random_mimi), 7)
     shutil.copy(random_mimi, tmp_path / "alone.safetensors")  # without its .json
-    with pytest.raises(ValueError, match="alone.json beside it do not hold"):
+    with pytest.raises(ValueError, match="must hold the Mimi of alone.json"):
         Codec.load(str(tmp_path / "alone.safetensors"), 4)
     (tmp_path / "alone.json").write_text('{"vocab_size": 65}')
-    with pytest.raises(ValueError, match="does not describe a Mimi"):
+    with pytest.raises(ValueError, match="must describe a Mimi"):
         Codec.load(str(tmp_path / "alone.safetensors"), 4)
     (tmp_path / "text.safetensors").write_text("no weights")
-    with pytest.raises(ValueError, match="do not hold"):
+    with pytest.raises(ValueError, match="text.safetensors is damaged"):
         Codec.load(str(tmp_path / "text.safetensors"), 4)
     (tmp_path / "model.pt").write_bytes(b"")
     with pytest.raises(ValueError, match="must be a .safetensors"):

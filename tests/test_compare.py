@@ -1,9 +1,10 @@
 """The table and the picture of compare.py say what the runs said."""
 
-from xml.etree import ElementTree
+import json
+import re
 
 from nanomimi import compare as compare_module
-from nanomimi.compare import CompareConfig, compare, draw, table
+from nanomimi.compare import CompareConfig, compare, table
 
 
 def result(nats: float, margin: float) -> dict:
@@ -26,17 +27,8 @@ def test_the_table_gives_means_and_standard_deviations():
     assert rows[2] == ["flat", "1.50M", "63", *nats, "70 ± 14", "0.200 ± 0.141"]
 
 
-def test_the_picture_has_a_dot_for_every_run():
-    svg = ElementTree.fromstring(draw(RESULTS))
-    circles = [e for e in svg.iter() if e.tag.endswith("circle")]
-    assert len(circles) == 4
-    x = [float(c.get("cx")) for c in circles]
-    y = [float(c.get("cy")) for c in circles]
-    assert x[2] == x[3] < x[0] < x[1] and y[2] == y[3] > y[0] > y[1]
-
-
 def test_models_are_trained_and_evaluated_once(random_data, tmp_path, monkeypatch, capsys):
-    """Its commands run as printed; a second call trains nothing."""
+    """Its commands run as printed; a second call trains nothing; a stopped one is continued."""
     small = "--num_codebooks 2 --max_frames 8 --n_layer 1 --n_embd 32 --batch_size 2"
     models = {"flat": small, "hierarchical": f"--arch hierarchical {small}"}
     monkeypatch.setattr(compare_module, "MODELS", models)
@@ -45,8 +37,19 @@ def test_models_are_trained_and_evaluated_once(random_data, tmp_path, monkeypatc
     monkeypatch.setattr(compare_module.tqdm, "write", commands.append)
     config = CompareConfig(data=random_data, out=tmp_path / "out", seeds=1, max_steps=2)
     compare(config)
-    assert len(commands) == 4 and (config.out / "compare.svg").exists()
+    assert len(commands) == 4
+    runs = [json.loads(path.read_text()) for path in sorted(config.out.glob("*/evaluation.json"))]
+    nats = [run["held_out"]["nats_per_frame"] for run in runs]
+    margins = [run["consistency"]["margin"] for run in runs]
+    dots = re.findall(r"M([\d.]+),([\d.]+)h0", (config.out / "compare.svg").read_text())
+    x, y = zip(*(map(float, dot) for dot in dots))  # flat and hierarchical, from the top left
+    assert len(dots) == 2
+    assert (x[0] < x[1]) == (nats[0] < nats[1]) and (y[0] > y[1]) == (margins[0] < margins[1])
     first = capsys.readouterr().out
     compare(config)
     assert len(commands) == 4 and capsys.readouterr().out == first
     assert first.count("| flat |") == 1
+    (config.out / "flat-0" / "evaluation.json").unlink()
+    compare(config)
+    assert len(commands) == 6 and "--resume" in commands[4]
+    assert capsys.readouterr().out == first

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanomimi.data import DatasetWriter, TokenDataset
+from nanomimi import DatasetWriter, TokenDataset
 from nanomimi.tokens import unflatten
 
 ONE = torch.zeros(6, 3, dtype=torch.long)  # an utterance
@@ -112,7 +112,6 @@ def test_an_unfinished_or_empty_folder_is_no_data_folder(random_codec, tmp_path)
         with pytest.raises(ValueError, match=f"nothing was prepared: no utterance {message}"):
             with DatasetWriter(tmp_path, random_codec, required) as writer:
                 writer.add("train" if "val" in required else "val", ONE, "a.wav", "a")
-    assert list(tmp_path.iterdir()) == []
     with pytest.raises(FileNotFoundError, match="prepare.py"):
         TokenDataset([tmp_path], "train", 6)
 
@@ -125,11 +124,11 @@ def test_damaged_and_short_data_are_refused(random_data, tmp_path):
     for name in ("meta.json", "train.bin"):
         (tmp_path / name).write_bytes((random_data / name).read_bytes())
     (tmp_path / "train.bin").write_bytes((random_data / "train.bin").read_bytes()[:-2])
-    with pytest.raises(ValueError, match="prepare it again"):
+    with pytest.raises(ValueError, match="prepare the data again"):
         TokenDataset([tmp_path], "train", 6)
     for text in ("not json", '{"format": 1}', "[]"):
         (tmp_path / "meta.json").write_text(text)
-        with pytest.raises(ValueError, match="not of format 2"):
+        with pytest.raises(ValueError, match="of another format"):
             TokenDataset([tmp_path], "train", 6)
 
 

@@ -206,8 +206,8 @@ def test_a_device_that_is_not_there_is_named(monkeypatch):
 
 def test_samples_use_float32_on_every_cpu_and_mps():
     for device in ("cpu", "mps"):
-        assert resolve_dtype("auto", torch.device(device), measure=False) == torch.float32
-    assert resolve_dtype("bfloat16", torch.device("cpu"), measure=False) == BFLOAT16
+        assert resolve_dtype("auto", torch.device(device), amx=False) == torch.float32
+    assert resolve_dtype("bfloat16", torch.device("cpu"), amx=False) == BFLOAT16
 
 
 @GPU

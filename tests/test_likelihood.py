@@ -60,7 +60,7 @@ def trials(count: int) -> list[Trial]:
 
     pairs = [rng.choice(4, 2, replace=False) for _ in range(count)]
     return [
-        Trial((clip(a), clip(a)), (clip(b), clip(b)), (f"group {a}", f"group {b}"))
+        Trial(((clip(a), clip(a)), (clip(b), clip(b))), (f"group {a}", f"group {b}"))
         for a, b in pairs
     ]
 

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,7 @@ import torch
 from nanomimi import Codec
 from nanomimi.tiny import digits
 from nanomimi.tiny import listen as listen_module
-from nanomimi.tiny.listen import ListenConfig, Recogniser, continue_wav, listen
+from nanomimi.tiny.listen import ListenConfig, continue_wav, listen, make_recogniser
 from nanomimi.tokens import separator
 
 
@@ -30,8 +32,8 @@ class Truth:
 
 
 @pytest.fixture(scope="module")
-def recognise() -> Recogniser:
-    return Recogniser(Codec.load("tiny", 4))
+def recognise() -> Callable:
+    return make_recogniser(Codec.load("tiny", 4))
 
 
 @pytest.mark.parametrize(
@@ -44,7 +46,7 @@ def test_the_listener_hears_who_counts_and_in_whose_voice(
     truth = Truth(Codec.load("tiny", 4), step, voice)
     load = lambda _: (truth, {"data": {"codec": "tiny"}})
     monkeypatch.setattr(listen_module.checkpoint, "load", load)
-    monkeypatch.setattr(listen_module, "Recogniser", lambda codec: recognise)
+    monkeypatch.setattr(listen_module, "make_recogniser", lambda codec: recognise)
     result = listen(ListenConfig(prompts=7))
     assert (result["right_next_digit"], result["prompts_voice"]) == expected
     assert result["digits"] == 14 and result["silent"] == 0

@@ -37,33 +37,35 @@ CONFIGS = {
 }
 CODE = sorted([*ROOT.glob("*.py"), *ROOT.glob("nanomimi/**/*.py")])
 CEILINGS = {  # lines, comments included
-    "prepare.py": 140,
+    "prepare.py": 168,
     "train.py": 256,
-    "sample.py": 140,
+    "sample.py": 125,
     "nanomimi/__init__.py": 35,
-    "nanomimi/audio.py": 105,
-    "nanomimi/codec.py": 175,
+    "nanomimi/files.py": 112,
+    "nanomimi/writer.py": 117,
+    "nanomimi/audio.py": 100,
+    "nanomimi/codec.py": 182,
     "nanomimi/tokens.py": 70,
-    "nanomimi/data.py": 230,
-    "nanomimi/llama.py": 240,
+    "nanomimi/data.py": 150,
+    "nanomimi/llama.py": 242,
     "nanomimi/decode.py": 85,
     "nanomimi/lm.py": 100,
     "nanomimi/flat.py": 75,
     "nanomimi/hierarchical.py": 110,
     "nanomimi/sampling.py": 45,
     "nanomimi/checkpoint.py": 160,
-    "nanomimi/config.py": 85,
-    "nanomimi/weights.py": 215,
-    "nanomimi/distributed.py": 90,
-    "nanomimi/evaluate/__main__.py": 105,
-    "nanomimi/evaluate/likelihood.py": 115,
+    "nanomimi/config.py": 95,
+    "nanomimi/weights.py": 160,
+    "nanomimi/distributed.py": 106,
+    "nanomimi/evaluate/__main__.py": 97,
+    "nanomimi/evaluate/likelihood.py": 106,
     "nanomimi/evaluate/pairs.py": 70,
-    "nanomimi/bench.py": 220,
-    "nanomimi/compare.py": 105,
-    "nanomimi/picture.py": 105,
+    "nanomimi/bench.py": 204,
+    "nanomimi/compare.py": 95,
+    "nanomimi/picture.py": 86,
     "nanomimi/tiny/digits.py": 90,
-    "nanomimi/tiny/listen.py": 120,
-    "nanomimi/tiny/train_codec.py": 235,
+    "nanomimi/tiny/listen.py": 104,
+    "nanomimi/tiny/train_codec.py": 261,
 }
 IDEA = "tokens data llama lm decode flat hierarchical sampling".split()
 
@@ -78,7 +80,7 @@ def test_no_file_is_longer_than_its_ceiling_and_the_whole_is_read_in_an_evening(
     assert set(sizes) - small <= set(CEILINGS)
     over = {name: sizes[name] for name, ceiling in CEILINGS.items() if sizes[name] > ceiling}
     assert not over
-    assert sum(sizes.values()) <= 3450
+    assert sum(sizes.values()) <= 3700
     assert sizes["train.py"] + sum(sizes[f"nanomimi/{name}.py"] for name in IDEA) <= 1200
     assert len(README.splitlines()) <= 200
 
@@ -99,7 +101,7 @@ def test_the_readmes_line_counts_are_true():
 
 def tree() -> str:
     """The annotated tree of the README."""
-    return README[README.index("nanomimi/audio.py  ") : README.index("## Your own audio")]
+    return README[README.index("nanomimi/files.py  ") : README.index("## Your own audio")]
 
 
 def test_the_tree_lists_every_file_and_folder():

@@ -221,7 +221,7 @@ def wrong(tmp_path_factory, story) -> dict[str, Path]:
         ("prepare.py --hours 0.001 --out {folder}/file/d", "Not a directory"),
         ("prepare.py --hours 0.0001 --out {folder}/d", "nothing was prepared"),
         ("train.py --data {folder}/nowhere --out {folder}/r", "run python prepare.py"),
-        ("train.py --data {folder}/foreign --out {folder}/r", "not of format 2"),
+        ("train.py --data {folder}/foreign --out {folder}/r", "of another format"),
         (
             "train.py --data {story}/data --out {folder}/r --num_codebooks 9",
             "--num_codebooks must be 1 to 8",

@@ -1,8 +1,6 @@
 """runs/NAME -> runs/NAME/evaluation.json, in float32: python -m nanomimi.evaluate --run runs/NAME
 
-held out       likelihood of the whole validation split
-consistency    does what was heard make its own voice likelier (prefix swap)?
-pairs          pairs of clips in SALMon's layout, with --pairs FOLDER
+Held-out likelihood, voice consistency by prefix swap, and --pairs of clips in SALMon's layout.
 """
 
 import json
@@ -14,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from nanomimi import checkpoint
 from nanomimi.codec import Codec
@@ -69,8 +66,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 def group_trials(data: TokenDataset, count: int, seed: int) -> list[Trial]:
     """Random clips of two groups, or of two files where under three groups have two utterances."""
-    groups: dict[str, list[Tensor]] = defaultdict(list)
-    files: dict[str, list[Tensor]] = {}
+    groups, files = defaultdict(list), {}
     for line in data.utterances():
         codes = data.codes(line["first_frame"], line["num_frames"])
         groups[line["group"]].append(codes)
@@ -83,9 +79,8 @@ def group_trials(data: TokenDataset, count: int, seed: int) -> list[Trial]:
     if len(clips) < 2:
         raise ValueError(f"{data.folders[0]} has too few held-out utterances; hold out more")
     rng, names = np.random.default_rng(seed), sorted(clips)
-    pair = lambda name: [clips[name][i] for i in rng.choice(len(clips[name]), 2, replace=False)]
-    drawn = ([names[i] for i in rng.choice(len(names), 2, replace=False)] for _ in range(count))
-    return [Trial(pair(a), pair(b), (a, b)) for a, b in drawn]
+    two = lambda items: [items[i] for i in rng.choice(len(items), 2, replace=False)]
+    return [Trial((two(clips[a]), two(clips[b])), (a, b)) for a, b in map(two, [names] * count)]
 
 
 def lines(results: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -94,8 +89,7 @@ def lines(results: dict[str, Any], prefix: str = "") -> Iterator[str]:
         if isinstance(value, dict):
             yield from lines(value, f"{prefix}{name} ")
         else:
-            values = value if isinstance(value, list) else [value]
-            shown = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in values)
+            shown = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in np.atleast_1d(value))
             yield f"{prefix + name:36} {' '.join(shown)}"
 
 

@@ -23,7 +23,6 @@ from nanomimi.data import TokenDataset
 from nanomimi.lm import LanguageModel, summarize
 from nanomimi.tokens import flatten
 
-RESAMPLINGS = 2000  # of the bootstrap
 Piece = tuple[Tensor, int]  # codes (Q, n), and the first of these frames to score
 Scorer = Callable[[Iterable[Piece]], Iterator[Tensor]]  # `score` with its model and batch size
 
@@ -65,15 +64,12 @@ def held_out(scorer: Scorer, data: TokenDataset, max_frames: int) -> dict[str, A
 class Trial(NamedTuple):
     """(prefix, suffix) of A and of B, codes (Q, T); the interval resamples `groups`."""
 
-    a: Sequence[Tensor]
-    b: Sequence[Tensor]
+    clips: tuple[Sequence[Tensor], Sequence[Tensor]]
     groups: tuple[str, ...]
 
 
 def prefix_swap(scorer: Scorer, trials: Sequence[Trial], longest: int, seed: int) -> dict[str, Any]:
-    """Accuracy (chance: 0.5; a tie counts half) with its 95% interval, and the mean of d in nats
-    per token. `longest` bounds prefix and suffix, in frames.
-    """
+    """Accuracy (a tie counts half), its 95% interval, and mean d per token; `longest` in frames."""
     sequences = (sequence for trial in trials for sequence in _swaps(trial, longest))
     bar = tqdm(scorer(sequences), "consistency", 4 * len(trials), unit="sequence")
     nats = torch.stack([suffix.mean(dim=0) for suffix in bar])
@@ -92,21 +88,19 @@ def prefix_swap(scorer: Scorer, trials: Sequence[Trial], longest: int, seed: int
 
 def _swaps(trial: Trial, longest: int) -> Iterator[Piece]:
     """A2 after A1 and after B1, B2 after B1 and after A1; all of the same length."""
-    clips = (trial.a, trial.b)
-    before, after = (min(longest, *(clip[i].shape[1] for clip in clips)) for i in (0, 1))
-    for own, other in (clips, clips[::-1]):
+    before, after = (min(longest, *(clip[i].shape[1] for clip in trial.clips)) for i in (0, 1))
+    for own, other in (trial.clips, trial.clips[::-1]):
         for prefix in (own[0], other[0]):
             yield torch.cat([prefix[:, -before:], own[1][:, :after]], dim=1), before
 
 
 def bootstrap(right: np.ndarray, groups: Sequence[tuple[str, ...]], seed: int) -> list[float]:
-    """95% interval of the mean of `right` when groups are resampled instead of trials.
-
-    A trial counts as often as its group is drawn; with two groups, as often as the product says.
+    """95% interval of the mean of `right` when groups are resampled instead of trials. A
+    trial counts as often as its group is drawn; with two groups, as often as the product says.
     """
     names, index = np.unique(groups, return_inverse=True)
     draw = np.random.default_rng(seed).multinomial
-    drawn = draw(len(names), np.full(len(names), 1 / len(names)), RESAMPLINGS)
+    drawn = draw(len(names), np.full(len(names), 1 / len(names)), 2000)
     weights = drawn[:, index.reshape(len(groups), -1)].prod(axis=2)
     weights = weights[weights.any(axis=1)]
     return np.percentile(weights @ right / weights.sum(axis=1), [2.5, 97.5]).tolist()

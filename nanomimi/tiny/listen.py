@@ -1,17 +1,15 @@
 """Does a run count upwards, and in the prompt's voice? python -m nanomimi.tiny.listen --run RUN
 
-Prompts of three digits go through all voices and starts. A continuation is cut at its pauses; a
-segment is recognised as the nearest bundled clip, by dynamic time warping (DTW) over log-mel
-frames. A digit is right if it follows the one before it, a voice if it is the prompt's.
+A segment between pauses is recognised as the nearest bundled clip, by dynamic time warping (DTW) of
+log-mels. A digit is right if it follows the one before it, a voice if it is the prompt's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from nanomimi import checkpoint
@@ -22,9 +20,6 @@ from nanomimi.sampling import make_sampler
 from nanomimi.tiny import digits, train_codec
 from nanomimi.tokens import separator, trim_at_end
 
-BANDS = 40  # of the mel spectrogram
-Codes = tuple[Tensor, Tensor]  # of a prompt and of its continuation, both (1, Q, T)
-
 
 @dataclass(frozen=True)
 class ListenConfig(Config):
@@ -34,13 +29,13 @@ class ListenConfig(Config):
 
 
 def log_mel(wav: np.ndarray) -> np.ndarray:
-    """(S,) -> (T, BANDS), independent of loudness; a frame every 21 ms."""
+    """(S,) -> (T, 40 bands), independent of loudness; a frame every 21 ms."""
     level = np.sqrt(np.mean(wav**2)) + 1e-9
-    return train_codec.log_mel(torch.from_numpy(0.1 * wav / level)[None], 2048, BANDS)[0].T.numpy()
+    return train_codec.log_mel(torch.from_numpy(0.1 * wav / level)[None], 2048, 40)[0].T.numpy()
 
 
-def dtw(query: np.ndarray, references: Sequence[np.ndarray]) -> np.ndarray:
-    """Mean distance along the best warping path of query (T, BANDS) to each reference."""
+def dtw(query: np.ndarray, references: list[np.ndarray]) -> np.ndarray:
+    """Mean distance along the best warping path of query (T, 40) to each reference."""
     lengths = np.array([len(r) for r in references])
     padded = np.stack([np.pad(r, ((0, max(lengths) - len(r)), (0, 0))) for r in references], axis=1)
     previous = np.full((max(lengths) + 1, len(references)), np.inf)
@@ -63,24 +58,19 @@ def segments(wav: np.ndarray, pause: float = 0.1) -> list[np.ndarray]:
     return [wav[int(r[0]) * block : int(r[-1] + 1) * block] for r in runs if len(r) >= 10]
 
 
-class Recogniser:
-    """Knows every bundled clip as the codec renders it, so the codec's own errors do not count."""
-
-    def __init__(self, codec: Codec) -> None:
-        self.labels, self.references = [], []
-        for voice, takes in digits.load_clips().items():
-            for digit, clip in (pair for take in takes for pair in enumerate(take)):
-                wav = codec.decode(codec.encode(torch.from_numpy(clip)[None, None]))
-                self.labels.append((voice, digit))
-                self.references.append(log_mel(wav[0, 0, : len(clip)].numpy()))
-
-    def __call__(self, wav: np.ndarray) -> list[tuple[str, int]]:
-        """(voice, digit) of every segment of wav (S,)."""
-        return [self.labels[dtw(log_mel(s), self.references).argmin()] for s in segments(wav)]
+def make_recogniser(codec: Codec) -> Callable[[np.ndarray], list[tuple[str, int]]]:
+    """wav (S,) -> (voice, digit) of its segments. Clips are compared as the codec renders them."""
+    labels, references = [], []
+    for voice, takes in digits.load_clips().items():
+        for digit, clip in (pair for take in takes for pair in enumerate(take)):
+            wav = codec.decode(codec.encode(torch.from_numpy(clip)[None, None]))
+            labels.append((voice, digit))
+            references.append(log_mel(wav[0, 0, : len(clip)].numpy()))
+    return lambda wav: [labels[dtw(log_mel(s), references).argmin()] for s in segments(wav)]
 
 
-def continue_wav(model: LanguageModel, codec: Codec, wav: np.ndarray, sampler: Sampler) -> Codes:
-    """The whole frames of wav (S,) and up to 5 s of continuation."""
+def continue_wav(model: LanguageModel, codec: Codec, wav: np.ndarray, sampler: Sampler) -> tuple:
+    """Codes (1, Q, T) of the whole frames of wav (S,), and of up to 5 s of continuation."""
     wav = wav[None, None, : len(wav) // codec.frame_size * codec.frame_size]  # (1, 1, S)
     prompt = codec.encode(torch.from_numpy(wav))
     start, count = separator(model.num_codebooks, model.codebook_size), round(5 * codec.frame_rate)
@@ -92,7 +82,7 @@ def listen(config: ListenConfig) -> dict[str, float]:
     """Shares of right next digits and of right voices among the digits recognised."""
     model, run = checkpoint.load(config.run)
     codec, voices = Codec.load(run["data"]["codec"], model.num_codebooks), digits.load_clips()
-    recognise, rng = Recogniser(codec), np.random.default_rng(config.seed)
+    recognise, rng = make_recogniser(codec), np.random.default_rng(config.seed)
     sampler = make_sampler(temperature=0.8, top_k=30, seed=config.seed)
     right, own, silent = [], [], 0
     for i in tqdm(range(config.prompts), unit="prompt"):

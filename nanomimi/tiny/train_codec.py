@@ -12,30 +12,35 @@ here: speech sounds slightly metallic, and codebook 0 is not semantic.
 import functools
 import json
 import math
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from nanomimi import checkpoint
 from nanomimi.audio import audio_files, read_audio, resample
 from nanomimi.codec import TINY, MimiModel, build, read_shape
 from nanomimi.config import Config, option, run_script
-from nanomimi.distributed import resolve_device
+from nanomimi.distributed import catch_signals, lock, resolve_device
+from nanomimi.files import fits, load_tensors, replacing, save_tensors
 from nanomimi.tiny import digits
 
 WINDOWS = {2048: 80, 1024: 64, 512: 40, 256: 32, 128: 20}  # samples: mel bands
+TRAINING = "training.safetensors"
 FLOOR = 3e-4  # mean amplitude of a mel band, about -70 dB: lower levels count as silence
 
 
 @dataclass(frozen=True)
 class CodecConfig(Config):
     audio: tuple[Path, ...] = option((), "folders or files; none: bundled digits", positional=True)
-    out: Path = option(Path("runs/codec"), "folder for mimi.safetensors, mimi.json and training.pt")
+    out: Path = option(Path("runs/codec"), "folder for the codec and its training state")
     shape: Path = option(TINY.with_suffix(".json"), "a .json with moshi's description of the Mimi")
     minutes: float = option(60.0, "minutes of audio held in memory", above=0)
     batch_size: int = option(8, "crops per step", at_least=1)
@@ -152,32 +157,44 @@ def evaluate(mimi: MimiModel, wav: Tensor) -> dict:
 
 
 def save(mimi: MimiModel, optimizer: torch.optim.Optimizer, out: Path, report: dict) -> None:
-    """Write mimi.safetensors (float16) and mimi.json for the codec, training.pt for --resume."""
-    weights = {k: v.half().contiguous() for k, v in mimi.state_dict().items()}
-    save_file(weights, out / "mimi.safetensors.tmp")
-    (out / "mimi.json.tmp").write_text(json.dumps(report, indent=1) + "\n")
-    state = dict(report=report, model=mimi.state_dict(), optimizer=optimizer.state_dict())
-    # moshi draws from torch's generator, and counts the steps until it replaces unused entries.
-    modules = [(k, m) for k, m in mimi.named_modules() if hasattr(m, "_next_unused_check")]
-    state |= dict(rng=torch.get_rng_state(), checks={k: m._next_unused_check for k, m in modules})
-    torch.save(state, out / "training.pt.tmp")
-    for name in ("mimi.safetensors", "mimi.json", "training.pt"):
-        (out / f"{name}.tmp").replace(out / name)
+    """Write mimi.safetensors (float16), mimi.json and, for --resume, training.safetensors."""
+    progress = {"report": report, "checks": {name: m._next_unused_check for name, m in books(mimi)}}
+    halves = {name: tensor.half() for name, tensor in mimi.state_dict().items()}
+    save_tensors(halves, out / "mimi.safetensors")
+    with replacing(out / "mimi.json") as new:
+        new.write_text(json.dumps(report, indent=1) + "\n")
+    save_tensors(state(mimi, optimizer), out / TRAINING, {"json": json.dumps(progress)})
+
+
+def state(mimi: MimiModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The tensors that a resumed training needs. moshi draws from torch's generator."""
+    rng = {"rng": torch.get_rng_state()}
+    return mimi.state_dict() | checkpoint.moments(mimi, optimizer) | rng
+
+
+def books(mimi: MimiModel) -> list[tuple[str, nn.Module]]:
+    """The codebooks: moshi counts the steps until it replaces their unused entries."""
+    return [(k, m) for k, m in mimi.named_modules() if hasattr(m, "_next_unused_check")]
 
 
 def load(mimi: MimiModel, optimizer: torch.optim.Optimizer, out: Path, shape: dict) -> dict:
     """Restore the last checkpoint; returns its report. Raises FileNotFoundError, ValueError."""
-    if not (out / "training.pt").exists():
-        raise FileNotFoundError(f"{out} has no checkpoint (training.pt); leave out --resume")
-    state = torch.load(out / "training.pt", map_location="cpu", weights_only=True)
-    if state["report"]["mimi"] != shape:
+    path, remedy = out / TRAINING, "leave out --resume"
+    if path.exists() and read_shape(out / "mimi.json") != shape:
         raise ValueError(f"{out} has another shape than --shape; give --shape {out}/mimi.json")
-    mimi.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
-    for name, check in state["checks"].items():
-        mimi.get_submodule(name)._next_unused_check = check
-    return state["report"]
+    saved = load_tensors(path, state(mimi, optimizer), remedy, next(mimi.parameters()).device)
+    with safe_open(path, "pt") as file:
+        progress = json.loads((file.metadata() or {}).get("json", "{}"))
+    kind = {"report": {"step": int, "seconds": int, ...: Any}, "checks": {...: Any}}
+    kind["checks"] = {name: int for name, _ in books(mimi)}
+    if not fits(progress, kind):
+        raise ValueError(f"{path} is damaged; {remedy}")
+    mimi.load_state_dict({name: saved[name] for name in mimi.state_dict()})
+    checkpoint.restore(saved, mimi, optimizer)
+    torch.set_rng_state(saved["rng"].cpu())
+    for name, module in books(mimi):
+        module._next_unused_check = progress["checks"][name]
+    return progress["report"]
 
 
 def training_step(
@@ -197,7 +214,9 @@ def training_step(
     out, _, penalty = reconstruct(mimi, wav)
     distance = mel_distance(out[:, 0], wav[:, 0])
     (distance + 0.05 * penalty + 0.1 * (out - wav).abs().mean()).backward()
-    nn.utils.clip_grad_norm_(mimi.parameters(), 1.0)
+    norm = nn.utils.clip_grad_norm_(mimi.parameters(), 1.0)
+    if not math.isfinite(distance.item() + norm.item()):
+        raise FloatingPointError(f"diverged: step {step + 1}, loss {distance:.3g}; lower --lr")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     for buffer in mimi.buffers():
@@ -206,27 +225,34 @@ def training_step(
 
 
 def train(config: CodecConfig) -> dict:
-    """Train in float32, with a checkpoint every `save_every` steps; returns the report saved."""
+    """Train in float32, with a checkpoint every `save_every` steps; returns the report saved.
+
+    Raises FloatingPointError where it diverges, SystemExit after SIGTERM or SIGINT, once saved.
+    """
     # bfloat16 fails on CPUs with AMX: oneDNN of torch 2.9 computes one of the convolutions wrongly.
     device, shape = resolve_device(config.device), read_shape(config.shape)
     torch.manual_seed(config.seed)
     mimi = build(shape).to(device).train()
     initialise(mimi)
     optimizer = torch.optim.AdamW(mimi.parameters(), lr=config.lr, betas=(0.8, 0.99), fused=True)
+    if not config.resume and (config.out / "mimi.safetensors").exists():
+        raise ValueError(f"{config.out} holds a codec already; --resume it or change --out")
     report = load(mimi, optimizer, config.out, shape) if config.resume else dict(step=0, seconds=0)
-    config.out.mkdir(parents=True, exist_ok=True)
     wav = (from_files(config) if config.audio else counting(config.minutes, config.seed)).to(device)
     pool, held_out = wav[: -len(wav) // 20], wav[-len(wav) // 20 :]
     size, began = config.frames * mimi.frame_size, time.time() - report["seconds"]
     held_out = crops(held_out, 32, size, np.random.default_rng(config.seed))
-    for step in (bar := tqdm(range(report["step"], config.max_steps), unit="step")):
-        distance, penalty = training_step(config, step, mimi, optimizer, pool)
-        bar.set_postfix(mel=f"{distance:.3f}", penalty=f"{penalty:.3f}", refresh=False)
-        if (step + 1) % config.save_every == 0 or step + 1 == config.max_steps:
-            numbers = {"step": step + 1, **evaluate(mimi, held_out)}
-            bar.write(str(numbers))
-            report = {"mimi": shape, **numbers, "seconds": round(time.time() - began)}
-            save(mimi, optimizer, config.out, report)
+    with lock(config.out), catch_signals() as caught:
+        for step in (bar := tqdm(range(report["step"], config.max_steps), unit="step")):
+            distance, penalty = training_step(config, step, mimi, optimizer, pool)
+            bar.set_postfix(mel=f"{distance:.3f}", penalty=f"{penalty:.3f}", refresh=False)
+            if (step + 1) % config.save_every == 0 or step + 1 == config.max_steps or caught:
+                numbers = {"step": step + 1, **evaluate(mimi, held_out)}
+                bar.write(str(numbers))
+                report = {"mimi": shape, **numbers, "seconds": round(time.time() - began)}
+                save(mimi, optimizer, config.out, report)
+            if caught:
+                sys.exit(128 + caught[0])
     return report
 
 
