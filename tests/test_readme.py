@@ -37,13 +37,13 @@ CONFIGS = {
 }
 CODE = sorted([*ROOT.glob("*.py"), *ROOT.glob("nanomimi/**/*.py")])
 CEILINGS = {  # lines, comments included
-    "prepare.py": 168,
+    "prepare.py": 170,
     "train.py": 256,
-    "sample.py": 125,
+    "sample.py": 130,
     "nanomimi/__init__.py": 35,
     "nanomimi/files.py": 112,
     "nanomimi/writer.py": 117,
-    "nanomimi/audio.py": 100,
+    "nanomimi/audio.py": 104,
     "nanomimi/codec.py": 182,
     "nanomimi/tokens.py": 70,
     "nanomimi/data.py": 150,
@@ -63,9 +63,10 @@ CEILINGS = {  # lines, comments included
     "nanomimi/bench.py": 204,
     "nanomimi/compare.py": 95,
     "nanomimi/picture.py": 86,
-    "nanomimi/tiny/digits.py": 90,
-    "nanomimi/tiny/listen.py": 104,
-    "nanomimi/tiny/train_codec.py": 261,
+    "nanomimi/tiny/digits.py": 106,
+    "nanomimi/tiny/sound.py": 135,
+    "nanomimi/tiny/listen.py": 110,
+    "nanomimi/tiny/train_codec.py": 235,
 }
 IDEA = "tokens data llama lm decode flat hierarchical sampling".split()
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from nanomimi import TokenDataset, checkpoint
+from nanomimi import Codec, TokenDataset, checkpoint
 from nanomimi.audio import STDOUT, read_audio, write_wav
 from nanomimi.evaluate.__main__ import EvaluateConfig, evaluate
 from nanomimi.tiny import digits
 from prepare import PrepareConfig, prepare
-from sample import SampleConfig, sample
+from sample import SampleConfig, encode_prompt, sample
 from tests.conftest import tone
 from train import TrainConfig, train
 
@@ -68,6 +68,19 @@ def test_samples_repeat_with_the_seed_and_change_with_it(story, tmp_path):
         return sample(SampleConfig(run=story / "run", out=tmp_path / name, **flags))[0].read_bytes()
 
     assert bytes_of("a", seed=1) == bytes_of("b", seed=1) != bytes_of("c", seed=2)
+
+
+def test_a_prompts_level_and_leading_silence_change_nothing(story, tmp_path):
+    model, _ = checkpoint.load(story / "run")
+    codec, clip = Codec.load("tiny", model.num_codebooks), read_audio(SLT, 24000, max_seconds=2.0)
+    codes = []
+    for gain, silence in ((1.0, 0), (0.5, 0), (1.0, 12345), (0.25, 54321)):
+        write_wav(tmp_path / "me.wav", gain * np.pad(clip, (silence, 0)), 24000)
+        config = SampleConfig(prompt=tmp_path / "me.wav", prompt_seconds=1.5)
+        codes.append(encode_prompt(config, codec, model))
+    assert codes[0].shape[2] == 1 + 18  # a separator, and whole frames
+    assert all((each == codes[0]).float().mean() > 0.97 for each in codes)  # of 16 bits each
+    assert torch.equal(codes[0], codes[2])
 
 
 def samples_of(path: Path) -> np.ndarray:
@@ -195,6 +208,7 @@ def wrong(tmp_path_factory, story) -> dict[str, Path]:
     (folder / "foreign" / "meta.json").write_text('{"vocab_size": 65}')
     (folder / "file").write_text("a file, no folder")
     write_wav(folder / "short.wav", tone(0.01, 24000), 24000)
+    write_wav(folder / "silent.wav", np.zeros(24000, np.float32), 24000)
     return {"folder": folder, "story": story}
 
 
@@ -257,9 +271,10 @@ def wrong(tmp_path_factory, story) -> dict[str, Path]:
         ("sample.py --run {story}/run --prompt {folder}/nowhere.wav", "does not exist"),
         ("sample.py --run {story}/run --prompt {folder}/text/0.wav", "cannot be read as audio"),
         (
-            "sample.py --run {story}/run --prompt {folder}/short.wav --out {folder}/s",
+            "sample.py --run {story}/run --prompt {slt} --prompt_seconds 0.05 --out {folder}/s",
             "shorter than a frame",
         ),
+        ("sample.py --run {story}/run --prompt {folder}/silent.wav --out {folder}/s", "silent or"),
         (
             "sample.py --run {story}/run --prompt {slt} --prompt_seconds 9 --out {folder}/s",
             "longer than the model's context",

@@ -6,8 +6,7 @@ import torch
 
 from nanomimi.codec import TINY, Codec
 from nanomimi.tiny import digits
-from nanomimi.tiny.listen import dtw, log_mel, segments
-from nanomimi.tiny.train_codec import mel_distance
+from nanomimi.tiny.sound import clip_mel, dtw, mel_distance, segments
 
 
 def test_the_bundled_files_are_as_small_as_promised():
@@ -129,9 +128,9 @@ def resynthesis(
 def test_a_digit_sounds_most_like_itself_after_the_bundled_codec(num_codebooks, floor):
     codec, rng, right = Codec.load("tiny", num_codebooks), np.random.default_rng(11), []
     for clips in digits.load_clips().values():
-        originals = [log_mel(clip) for take in clips for clip in take]  # digit i: i, i + 10, ...
+        originals = [clip_mel(clip) for take in clips for clip in take]  # digit i: i, i + 10, ...
         for digit, piece in resynthesis(codec, clips, rng):
-            right.append(int(dtw(log_mel(piece), originals).argmin()) % 10 == digit)
+            right.append(int(dtw(clip_mel(piece), originals).argmin()) % 10 == digit)
     assert np.mean(right) >= floor
 
 
@@ -144,6 +143,10 @@ def test_every_codebook_is_used_and_more_codebooks_are_nearer():
     wav, codes = wav[..., : 20 * digits.SAMPLE_RATE], codes[..., :250]
     distances = [mel_distance(codec.decode(codes[:, :q])[0], wav[0]).item() for q in (1, 2, 4, 8)]
     assert distances == sorted(distances, reverse=True)
+
+
+def test_silence_and_nothing_have_no_segments():
+    assert segments(np.zeros(0, np.float32)) == segments(np.zeros(24000, np.float32)) == []
 
 
 def test_segments_are_the_digits_between_pauses():

@@ -10,13 +10,15 @@ training (KNOWN), half in kal or at held-out factors (UNHEARD). Training hears a
 """
 
 import csv
+import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from nanomimi.audio import read_audio, resample
+from nanomimi.audio import audio_files, read_audio, resample
 
 FOLDER = Path(__file__).parent / "digits"
 SAMPLE_RATE = 24000  # of the clips, and the unit of index.csv
@@ -52,6 +54,20 @@ def load_clips() -> dict[str, Voice]:
     for row in csv.DictReader((FOLDER / "index.csv").read_text().splitlines()):
         name, start, length = row["voice"], int(row["start"]), int(row["length"])
         voices[name][int(row["take"])].append(wavs[name][start : start + length])
+    return voices
+
+
+def read_voices(folder: Path) -> dict[str, Voice]:
+    """People in ten takes at most, of SPEAKER/DIGIT_TAKE.wav or DIGIT_SPEAKER_TAKE.wav."""
+    said = defaultdict(lambda: [[] for _ in range(10)])
+    for path in audio_files([folder]):
+        if name := re.fullmatch(r"(\d)_(?:(.+)_)?\d+", path.stem):
+            wav = read_audio(path, SAMPLE_RATE)
+            wav *= 0.7 / max(1e-3, np.abs(wav).max())  # the peak of the bundled clips
+            said[name[2] or path.parent.name][int(name[1])].append(wav)
+    voices = {name: list(zip(*clips))[:10] for name, clips in said.items() if all(clips)}
+    if len(voices) < 2:
+        raise ValueError(f"{folder} needs two speakers of all digits, in SPEAKER/DIGIT_TAKE.wav")
     return voices
 
 
