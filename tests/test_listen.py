@@ -80,7 +80,7 @@ def run(monkeypatch):
         continued = torch.zeros(1, 6, 2), torch.zeros(1, 6, 1)
         patch(listen_module, "continue_wav", lambda *_: continued)
         hear = lambda sound: (*voice(asked[-1]), number_of(sound))
-        patch(listen_module, "make_recogniser", lambda *_: hear)
+        patch(listen_module.sound, "make_recogniser", lambda *_: hear)
         return listen(ListenConfig(trials=8, **flags))
 
     return call
@@ -199,7 +199,7 @@ def test_people_are_read_from_both_layouts(people):
 
 def test_peoples_voices_are_told_by_the_nearest_speaker(people, run, monkeypatch):
     """Here always Anna. One answer in two is silence: no digit, and nobody's voice."""
-    monkeypatch.setattr(listen_module, "render", lambda codec, wav: wav)
+    monkeypatch.setattr(listen_module.sound, "render", lambda codec, wav: wav)
     asked = []
 
     def nearest(sounds, said, profiles):
@@ -214,7 +214,7 @@ def test_peoples_voices_are_told_by_the_nearest_speaker(people, run, monkeypatch
         assert list(map(number_of, segments(u.wav))) == list(u.digits)
         return [(u.digits[-1] + 1) % 10] * (len(asked) % 2)
 
-    monkeypatch.setattr(listen_module, "nearest_speaker", nearest)
+    monkeypatch.setattr(listen_module.sound, "nearest_speaker", nearest)
     result = run(answer, lambda u: ("", 1.0), prompts=people)
     annas = [u.voice == "anna" for u in asked[::2]]
     assert 0 < sum(annas) < len(annas) == 4

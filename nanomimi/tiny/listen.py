@@ -19,10 +19,8 @@ from nanomimi.codec import Codec
 from nanomimi.config import Config, option, run_script
 from nanomimi.lm import LanguageModel, Sampler
 from nanomimi.sampling import make_sampler
-from nanomimi.tiny import digits
-from nanomimi.tiny.sound import (
-    STEP, make_recogniser, nearest_speaker, pitch_and_formants, render, segments
-)
+from nanomimi.tiny import digits, sound
+from nanomimi.tiny.digits import Utterance, Voice
 from nanomimi.tokens import separator, trim_at_end
 
 HUMAN = "people"
@@ -36,9 +34,7 @@ class ListenConfig(Config):
     seed: int = option(0, "seed of prompts and draws", at_least=0)
 
 
-def make_prompts(
-    trials: int, people: dict[str, digits.Voice], seed: int
-) -> Iterator[digits.Utterance]:
+def make_prompts(trials: int, people: dict[str, Voice], seed: int) -> Iterator[Utterance]:
     """Three digits in a known voice, in an unheard one and in a person's, `trials` times."""
     clips, rng = digits.load_clips(), np.random.default_rng(seed)
     for _ in range(trials):
@@ -49,7 +45,7 @@ def make_prompts(
         if people:
             name = str(rng.choice(list(people)))
             wav = digits.speak(people[name], said, rng)
-            yield digits.Utterance("val", HUMAN, name, 1.0, tuple(said), wav)
+            yield Utterance("val", HUMAN, name, 1.0, tuple(said), wav)
 
 
 def continue_wav(model: LanguageModel, codec: Codec, wav: np.ndarray, sampler: Sampler) -> tuple:
@@ -73,23 +69,25 @@ def listen(config: ListenConfig) -> dict[tuple[str, str], tuple[float, float, in
     model, run = checkpoint.load(config.run)
     codec = Codec.load(run["data"]["codec"], model.num_codebooks)
     people = digits.read_voices(config.prompts) if config.prompts else {}
-    measure = lambda clips: np.median([pitch_and_formants(render(codec, c)) for c in clips], axis=0)
-    profiles = {name: [measure(clips) for clips in zip(*takes)] for name, takes in people.items()}
+    # Of every speaker and digit, the typical F0 and formants.
+    measure = lambda clip: sound.pitch_and_formants(sound.render(codec, clip))
+    typical = lambda clips: np.median([measure(clip) for clip in clips], axis=0)
+    profiles = {name: [typical(clips) for clips in zip(*takes)] for name, takes in people.items()}
     # Without people's own clips, it hears less than half of their digits right.
-    recognise = make_recogniser(codec, digits.load_clips() | people)
+    recognise = sound.make_recogniser(codec, digits.load_clips() | people)
     sampler, hits = make_sampler(0.8, 30, seed=config.seed), defaultdict(list)
     prompts = make_prompts(config.trials, people, config.seed)
     for u in tqdm(prompts, total=config.trials * (3 if people else 2), unit="prompt"):
         prompt, new = continue_wav(model, codec, u.wav, sampler)
         wav = codec.decode(torch.cat([prompt, new], dim=2))[0, 0]
-        sounds = segments(wav[prompt.shape[2] * codec.frame_size :].numpy())
-        heard = [recognise(sound) for sound in sounds]
+        pieces = sound.segments(wav[prompt.shape[2] * codec.frame_size :].numpy())
+        heard = [recognise(piece) for piece in pieces]
         said = [u.digits[-1], *(digit for *_, digit in heard)]
         right = [b == (a + 1) % 10 for a, b in zip(said, said[1:])]
-        near = lambda voice, f: voice == u.voice and abs(f - u.factor) < 1.5 * STEP
+        near = lambda voice, f: voice == u.voice and abs(f - u.factor) < 1.5 * sound.STEP
         own = [near(voice, factor) for voice, factor, _ in heard]
         if u.kind == HUMAN:
-            own = [bool(heard) and nearest_speaker(sounds, said[1:], profiles) == u.voice]
+            own = [bool(heard) and sound.nearest_speaker(pieces, said[1:], profiles) == u.voice]
         hits[u.kind, "right next digit"].append(right)
         hits[u.kind, "first digit right"].append(right[:1] or [False])
         hits[u.kind, "prompt's voice"].append(own)

@@ -78,10 +78,8 @@ def segments(wav: np.ndarray, pause: float = 0.1) -> list[np.ndarray]:
     return [wav[int(r[0]) * block : int(r[-1] + 1) * block] for r in runs if len(r) >= 10]
 
 
-def make_recogniser(
-    codec: Codec, voices: dict[str, Voice]
-) -> Callable[[np.ndarray], tuple[str, float, int]]:
-    """(S,) -> voice, factor and digit of the nearest clip, as the codec renders it."""
+def make_recogniser(codec: Codec, voices: dict[str, Voice]) -> Callable:
+    """A function: (S,) -> voice, factor and digit of the nearest clip, as the codec renders it."""
     labels, references = [], []
     for voice, takes in voices.items():
         low, high = FACTORS.get(voice, (1.0, 1.0))

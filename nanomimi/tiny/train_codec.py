@@ -136,25 +136,25 @@ def save(mimi: MimiModel, optimizer: AdamW, out: Path, report: dict) -> None:
     save_tensors(halves, out / "mimi.safetensors")
     with replacing(out / "mimi.json") as new:
         new.write_text(json.dumps(report, indent=1) + "\n")
-    save_tensors(state(mimi, optimizer, report), out / TRAINING)
+    save_tensors(state(mimi, optimizer, report["step"], report["seconds"]), out / TRAINING)
 
 
-def state(mimi: MimiModel, optimizer: AdamW, report: dict) -> dict[str, Tensor]:
+def state(mimi: MimiModel, optimizer: AdamW, step: int, seconds: int) -> dict[str, Tensor]:
     """All that a resumed training needs."""
-    progress = {key: torch.tensor(report[key]) for key in ("step", "seconds")}
+    progress = {"step": torch.tensor(step), "seconds": torch.tensor(seconds)}
     return mimi.state_dict() | checkpoint.moments(mimi, optimizer) | progress
 
 
 def load(mimi: MimiModel, optimizer: AdamW, out: Path, shape: dict) -> dict:
     """Restore the last checkpoint; returns its step and seconds. FileNotFoundError, ValueError."""
-    path, report = out / TRAINING, dict(step=0, seconds=0)
+    path = out / TRAINING
     if path.exists() and read_shape(out / "mimi.json") != shape:
         raise ValueError(f"{out} has another shape than --shape; give --shape {out}/mimi.json")
-    like, device = state(mimi, optimizer, report), next(mimi.parameters()).device
+    like, device = state(mimi, optimizer, 0, 0), next(mimi.parameters()).device
     saved = load_tensors(path, like, "leave out --resume", device)
     mimi.load_state_dict({name: saved[name] for name in mimi.state_dict()})
     checkpoint.restore(saved, mimi, optimizer)
-    return {key: int(saved[key]) for key in report}
+    return {key: int(saved[key]) for key in ("step", "seconds")}
 
 
 def training_step(
