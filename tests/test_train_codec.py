@@ -173,7 +173,7 @@ def test_plain_crops_are_pieces_and_varied_ones_differ_in_pitch_and_level():
         crops(wave, 1, 2 * rate, rng, vary=False)
 
 
-def test_fine_tuning_starts_from_a_codec_and_quantizes_from_the_start(config, tmp_path, monkeypatch):
+def test_fine_tuning_starts_from_a_codec_and_quantizes_at_once(config, tmp_path, monkeypatch):
     rates, reconstruct = [], train_codec.reconstruct
 
     def spy(mimi, wav):
