@@ -110,8 +110,8 @@ def describe(config: PrepareConfig, files: list[Path], codec: Codec) -> dict[str
     names = ("num_codebooks", "val_fraction", "split_by", "hours", "seed")
     listed = repr([(str(file), file.stat().st_size) for file in files])
     clips = b"" if files else (digits.FOLDER / "index.csv").read_bytes()
-    digest = hashlib.sha256(listed.encode() + clips).hexdigest()
-    return {name: getattr(config, name) for name in names} | {"codec": codec.sha256, "audio": digest}
+    sources = {"codec": codec.sha256, "audio": hashlib.sha256(listed.encode() + clips).hexdigest()}
+    return {name: getattr(config, name) for name in names} | sources
 
 
 def from_files(files: list[Path], config: PrepareConfig, sample_rate: int) -> Iterator[Recording]:

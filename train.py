@@ -38,7 +38,7 @@ from nanomimi.lm import summarize
 class TrainConfig(Config):
     data: tuple[Path, ...] = option((Path("data/digits"),), "folders written by prepare.py")
     out: Path = option(Path("runs/digits"), "run folder to write")
-    arch: Literal["flat", "hierarchical"] = option("flat", "one Llama, or one inside another")
+    arch: Literal["flat", "hierarchical", "delay"] = option("flat", "see step 5 of the package")
     init_from: str | None = option(None, "run, or a Llama in a folder or on the hub, to start from")
     num_codebooks: int = option(4, "codebooks to model, the first of those prepared", at_least=1)
     max_frames: int = option(128, "context in frames, 80 ms each", at_least=2)
@@ -54,6 +54,8 @@ class TrainConfig(Config):
     depth_n_head: int | None = option(None, "its attention heads", at_least=1)
     depth_n_embd: int | None = option(None, "its width", at_least=2)
     depth_n_hidden: int | None = option(None, "width of its MLP", at_least=1)
+    depth_fraction: float | None = option(None, "share of frames for it", above=0, at_most=1)
+    codebook_weights: tuple[float, ...] = option((), "of each codebook's loss; default: equal")
     batch_size: int = option(4, "windows per micro-step, over all processes", at_least=1)
     grad_accum: int = option(1, "micro-steps per step", at_least=1)
     max_steps: int = option(2400, "optimizer steps", at_least=1)
@@ -125,6 +127,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
             tokens = torch.zeros(shape, dtype=torch.long, device=device)
             compile_model(model, parallel, tokens, autocast)
 
+        # With the mean one: the loss stays one of nats per token.
+        shares = torch.tensor(config.codebook_weights or [1.0] * config.num_codebooks)
+        shares = (shares / shares.mean()).to(device)
         results: dict[str, Any] = {}
         frames_per_step = config.grad_accum * config.batch_size * config.max_frames
         steps = range(start, config.max_steps)
@@ -146,7 +151,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 alone = world_size == 1 or last
                 with contextlib.nullcontext() if alone else parallel.no_sync():
                     with autocast:
-                        mean = parallel(tokens.to(device)).mean() / config.grad_accum
+                        nats = parallel(tokens.to(device)) * shares
+                        mean = nats.mean() / config.grad_accum
                     mean.backward()
                 loss += mean.detach()
             # Clipping bounds the harm of a rare batch whose gradient is many times the usual one.
@@ -189,13 +195,19 @@ def train(config: TrainConfig) -> dict[str, Any]:
 def validate(model: nn.Module, batches: list[Tensor], meta: dict[str, Any]) -> dict[str, Any]:
     """Mean nats of windows that are the same at every validation: only the model changes."""
     device = next(model.parameters()).device
+    model.eval()
     nats = torch.cat([model(tokens.to(device)).mean(dim=1) for tokens in batches])
+    model.train()
     return summarize(nats.mean(dim=0), meta)
 
 
 def load_data(config: TrainConfig, world_size: int) -> tuple[TokenDataset, list[Tensor]]:
     """The training set and the validation batches, or ValueError where they do not fit."""
     batch_size, max_frames = config.batch_size, config.max_frames
+    if (given := config.codebook_weights) and len(given) != config.num_codebooks:
+        raise ValueError(f"--codebook_weights must be {config.num_codebooks}; got {len(given)}")
+    if given and (min(given) < 0 or max(given) == 0):
+        raise ValueError(f"--codebook_weights must be at least 0, one above it; got {given}")
     if batch_size % world_size:
         raise ValueError(f"--batch_size must be a multiple of {world_size}; got {batch_size}")
     train_set, val_set = (TokenDataset(config.data, s, config.num_codebooks) for s in SPLITS)

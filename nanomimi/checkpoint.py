@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from nanomimi.data import META
 from nanomimi.files import fits, load_tensors, read_json, replacing, save_tensors
+from nanomimi.delay import DelayLM
 from nanomimi.flat import FlatLM
 from nanomimi.hierarchical import HierarchicalLM
 from nanomimi.llama import LlamaConfig, RopeScaling
@@ -27,6 +28,7 @@ from nanomimi.lm import LanguageModel
 
 FORMAT = 2
 MODELS: dict[str, type[LanguageModel]] = {"flat": FlatLM, "hierarchical": HierarchicalLM}
+MODELS["delay"] = DelayLM
 AGAIN = "train the run again"
 RUN = {  # the kind of run.json
     "format": Literal[FORMAT],
@@ -84,7 +86,7 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[LanguageMode
         return load(folder, device)  # the run was saved in between
     tensors = load_tensors(path, model.state_dict(), AGAIN, device)
     model.load_state_dict(tensors, assign=True)
-    return model, run
+    return model.eval(), run
 
 
 def resume(folder: Path, run: dict[str, Any], model: LanguageModel, optimizer: Optimizer) -> int:
@@ -127,7 +129,7 @@ class Log:
         self.path, self.silent = path, silent
         if not silent:
             # Steps that were logged after the last checkpoint will be done again.
-            lines = path.read_bytes().splitlines() if start and path.exists() else []
+            lines = path.read_bytes().splitlines() if start and path.is_file() else []
             kept = [line for line in lines if _step(line) <= start]
             with replacing(path) as new:
                 new.write_bytes(b"".join(line + b"\n" for line in kept))

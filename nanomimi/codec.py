@@ -63,10 +63,10 @@ class Codec:
             raise ValueError(
                 f"--num_codebooks must be 1 to {most} for {source}; got {num_codebooks}"
             )
-        # Compared first: moshi's own errors are bare, and it does not look at the numbers.
-        like = build(shape, "meta").state_dict()
-        load_tensors(path, like, f"it must hold the Mimi of {shape_path.name} beside it")
-        mimi = loaders.get_mimi(path, shape, device, num_codebooks)
+        # Not by moshi: its errors are bare, and it does not look at the numbers.
+        mimi, remedy = build(shape, device), f"it must hold the Mimi of {shape_path.name} beside it"
+        mimi.load_state_dict(load_tensors(path, mimi.state_dict(), remedy, device))
+        mimi.set_num_codebooks(num_codebooks)
         return cls(mimi, source, hashlib.sha256(path.read_bytes()).hexdigest())
 
     def with_shared_weights(self) -> "Codec":

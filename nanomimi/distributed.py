@@ -1,7 +1,6 @@
 """Processes, device and precision."""
 
 import contextlib
-import fcntl
 import os
 import signal
 import threading
@@ -53,14 +52,18 @@ def init_processes(device: torch.device) -> Iterator[Processes]:
 def lock(folder: Path) -> Iterator[None]:
     """Makes the folder, and keeps it from other processes that write into it, or ValueError."""
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with contextlib.ExitStack() as stack:
+        try:
+            import fcntl
+
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder} is in use by another process; change --out") from None
+        except (ImportError, OSError):
+            pass  # Windows and some network file systems have no such locks
         yield
-    except BlockingIOError:
-        raise ValueError(f"{folder} is in use by another process; change --out") from None
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

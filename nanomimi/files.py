@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
-Positive = Annotated[float, "above 0"]
+Positive = Annotated[float, "above 0, and of a size that such numbers have"]
 
 
 def read_json(path: Path, kind: Any, remedy: str) -> Any:
@@ -51,7 +51,7 @@ def fits(value: Any, kind: Any) -> bool:
     if origin in (list, tuple):
         return isinstance(value, origin) and all(fits(each, args[0]) for each in value)
     if origin is Annotated:
-        return fits(value, args[0]) and value > 0
+        return fits(value, args[0]) and 0 < value < 1e9
     if origin is Literal:
         return value in args
     if kind in (int, float):  # abs is false for NaN
@@ -61,11 +61,11 @@ def fits(value: Any, kind: Any) -> bool:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a path to write to, whose file then replaces `path` at once or, on errors, vanishes."""
+    """Yields a path to write to. Its file then replaces `path` at once or, on errors, vanishes."""
     new = path.with_name(f"{path.name}.tmp")
     try:
         yield new
-        with open(new, "rb") as file:
+        with open(new, "r+b") as file:
             os.fsync(file)  # or a power failure could leave the name without the content
         new.replace(path)
     except (OSError, SafetensorError) as error:

@@ -65,10 +65,10 @@ class FlatLM(LanguageModel):
         return rearrange(nats, "(q b t) -> b t q", q=q, b=len(tokens))
 
     def next_frame(
-        self, hidden: Tensor, steps: list[DecodeStep], sampler: Sampler
+        self, hidden: Tensor, tokens: Tensor, steps: list[DecodeStep], sampler: Sampler
     ) -> tuple[Tensor, Tensor]:
-        (backbone,), tokens = steps, []
+        (backbone,), frame = steps, []
         for q in range(self.num_codebooks):
-            tokens.append(self.draw(hidden[:, -1] @ self.head[q].T, q, sampler))
-            hidden = backbone(self.embedding(tokens[-1]))
-        return torch.cat(tokens, dim=1), hidden
+            frame.append(self.draw(hidden[:, -1] @ self.head[q].T, q, sampler))
+            hidden = backbone(self.embedding(frame[-1]))
+        return torch.cat(frame, dim=1), hidden

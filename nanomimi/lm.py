@@ -21,7 +21,8 @@ class LanguageModel(nn.Module):
     forward(tokens (B, (T + 1) * Q)) -> nats (B, T, Q): negative log-likelihood of all but frame 0
     embed(tokens (B, T * Q)) -> input of the backbone (B, num_positions(T), C)
     num_positions(T) -> positions that T frames take in the backbone
-    next_frame(hidden (B, 1, C), steps, sampler) -> next frame (B, Q), hidden (B, 1, C) after it
+    next_frame(hidden (B, 1, C) after tokens (B, T * Q), tokens, steps, sampler)
+        -> next frame (B, Q), hidden (B, 1, C) after it
     """
 
     OPTIONS: dict[str, type] = {}  # keyword arguments that only this model has
@@ -76,7 +77,7 @@ class LanguageModel(nn.Module):
                 keep = max(1, self.max_frames // 2) * self.num_codebooks
                 tokens, cache.length = tokens[:, -keep:], 0
                 hidden = self.backbone(self.embed(tokens), cache)[:, -1:]
-            frame, hidden = self.next_frame(hidden, steps, sampler)
+            frame, hidden = self.next_frame(hidden, tokens, steps, sampler)
             tokens = torch.cat([tokens, frame], dim=1)
             codes = frame % self.num_classes
             # Rows do not interact: an ended row goes on drawing, and END hides what it draws.

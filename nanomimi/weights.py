@@ -97,7 +97,7 @@ def start(run: dict, source: str | None, device: torch.device) -> tuple[nn.Modul
         if started["data"]["codec_sha256"] != run["data"]["codec_sha256"]:
             raise ValueError(f"--data has another codec than {source}; prepare data with its codec")
         lm.max_frames = model["max_frames"]
-        return lm, f" (from {source})"
+        return lm.train(), f" (from {source})"
     lm = checkpoint.build(model).to(device)
     if source is None:
         return lm, ""

@@ -41,9 +41,9 @@ class DatasetWriter:
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "meta.json").unlink(missing_ok=True)
         index = self.out / "utterances.jsonl"
+        found = index.read_bytes() if self.resume and index.exists() else b""
         # The last line may be torn.
-        lines = index.read_bytes().splitlines(keepends=True) if self.resume and index.exists() else []
-        whole = [line for line in lines if line.endswith(b"\n")]
+        whole = [line for line in found.splitlines(keepends=True) if line.endswith(b"\n")]
         for line in whole:
             self._count(json.loads(line))
         self._index = self._open("utterances.jsonl", len(b"".join(whole)))
@@ -105,9 +105,11 @@ class DatasetWriter:
 
     def _open(self, name: str, size: int) -> BinaryIO:
         """The file, cut off after `size` bytes."""
-        file = open(self.out / name, "ab")
-        if file.tell() < size:
-            raise ValueError(f"{file.name} is damaged; {AGAIN}")
+        path = self.out / name
+        found = path.stat().st_size if path.is_file() else 0
+        if found < size or (path.exists() and not path.is_file()):  # a pipe would be waited for
+            raise ValueError(f"{path} is damaged; remove it, or {AGAIN}")
+        file = open(path, "ab")
         file.truncate(size)
         return file
 

@@ -98,14 +98,14 @@ def small_model(
     num_codebooks: int,
     max_frames: int,
     codebook_size: int = 7,
-    options: dict[str, int] | None = None,
+    options: dict[str, float] | None = None,
     **shape: int,
 ) -> LanguageModel:
     """Two layers of width 32, but for `shape`."""
     llama = LlamaConfig(
         **{**dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_hidden=48), **shape}
     )
-    options = {"depth_n_head": 2} if arch == "hierarchical" else options or {}
+    options = options or ({"depth_n_head": 2} if arch == "hierarchical" else {})
     return checkpoint.MODELS[arch](llama, num_codebooks, codebook_size, max_frames, **options)
 
 

@@ -97,7 +97,7 @@ def test_scoring_generating_and_a_second_prefill_stay_on_the_gpu(fake, arch, n_k
     for _ in range(2):
         cache.length = 0
         hidden = model.backbone(model.embed(tokens[:, :12]), cache)[:, -1:]
-        frame, hidden = model.next_frame(hidden, steps, greedy)
+        frame, hidden = model.next_frame(hidden, tokens[:, :12], steps, greedy)
         assert frame.shape == (2, 3) and frame.is_cuda and hidden.dtype == dtype
     assert cache.length == model.num_positions(5)
 
@@ -176,7 +176,8 @@ def refuse(*_, **__) -> None:
 @pytest.mark.parametrize("arch", MODELS)
 def test_a_recording_that_fails_says_so_in_one_line_and_stops_nobody(arch, monkeypatch, capsys):
     prompt = torch.zeros(1, 3, 2, dtype=torch.long)
-    model = small_model(arch, 3, max_frames=8, n_hidden=56)  # a shape that was not traced before
+    # A shape that was not traced before, neither by another model.
+    model = small_model(arch, 3, max_frames=8, n_hidden=56 + 8 * list(MODELS).index(arch))
     monkeypatch.setattr(torch.jit, "trace", refuse)
     unrecorded = torch.stack(list(model.generate(prompt, 4, greedy, replay=False)))
     assert capsys.readouterr().err == ""  # nothing was tried

@@ -55,3 +55,28 @@ def test_the_depth_decoder_has_the_proportions_of_csm():
     backbone = LlamaConfig(n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, n_hidden=8192)
     assert csm_depth(backbone) == LlamaConfig(4, 8, 2, 1024, 8192)
     assert csm_depth(backbone, n_layer=2, n_head=4) == LlamaConfig(2, 4, 1, 1024, 8192)
+
+
+def test_in_training_the_depth_of_a_share_of_frames_stands_for_all():
+    torch.manual_seed(0)
+    options = {"depth_fraction": 0.25, "depth_n_head": 2}
+    model = small_model("hierarchical", 3, 8, options=options)
+    batches = [flatten(torch.randint(0, END, (4, 3, 9)), END) for _ in range(100)]
+    drawn = []
+    for tokens in batches:
+        full, part = model.eval()(tokens).detach(), model.train()(tokens).detach()
+        kept = part[..., 1] != 0  # (B, T)
+        assert kept.sum() == 8 and torch.equal(part[..., 0], full[..., 0])
+        torch.testing.assert_close(part[..., 1:], full[..., 1:] * 4 * kept[..., None])
+        assert torch.equal(model(tokens), part)  # the batch decides, so a resumed run repeats it
+        drawn.append(kept)
+    assert torch.stack(drawn).any(dim=0).all()
+
+
+def test_the_depth_decoder_computes_only_the_frames_it_is_trained_on():
+    model = small_model("hierarchical", 3, 8, options={"depth_fraction": 0.01, "depth_n_head": 2})
+    rows = []
+    model.depth.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    model.train()(flatten(random_codes(2, 6), END))
+    model.eval()(flatten(random_codes(2, 6), END))
+    assert rows == [1, 10]

@@ -2,8 +2,6 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,7 @@ from nanomimi.tiny.train_codec import CodecConfig
 from nanomimi.weights import WeightsConfig
 from prepare import PrepareConfig
 from sample import SampleConfig
-from train import TrainConfig
+from train import TrainConfig, train
 
 ROOT = Path(__file__).parent.parent
 PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "nanomimi/RESULTS.md")}
@@ -38,11 +36,11 @@ CONFIGS = {
 CODE = sorted([*ROOT.glob("*.py"), *ROOT.glob("nanomimi/**/*.py")])
 CEILINGS = {  # lines, comments included
     "prepare.py": 170,
-    "train.py": 256,
+    "train.py": 268,
     "sample.py": 130,
     "nanomimi/__init__.py": 35,
     "nanomimi/files.py": 112,
-    "nanomimi/writer.py": 117,
+    "nanomimi/writer.py": 119,
     "nanomimi/audio.py": 104,
     "nanomimi/codec.py": 182,
     "nanomimi/tokens.py": 70,
@@ -51,13 +49,14 @@ CEILINGS = {  # lines, comments included
     "nanomimi/decode.py": 85,
     "nanomimi/lm.py": 100,
     "nanomimi/flat.py": 75,
-    "nanomimi/hierarchical.py": 110,
+    "nanomimi/hierarchical.py": 128,
+    "nanomimi/delay.py": 85,
     "nanomimi/sampling.py": 45,
-    "nanomimi/checkpoint.py": 160,
+    "nanomimi/checkpoint.py": 161,
     "nanomimi/config.py": 95,
     "nanomimi/weights.py": 160,
-    "nanomimi/distributed.py": 106,
-    "nanomimi/evaluate/__main__.py": 97,
+    "nanomimi/distributed.py": 109,
+    "nanomimi/evaluate/__main__.py": 99,
     "nanomimi/evaluate/likelihood.py": 106,
     "nanomimi/evaluate/pairs.py": 70,
     "nanomimi/bench.py": 204,
@@ -174,21 +173,14 @@ def test_links_and_pictures_exist():
     assert all(path.stat().st_size < 150_000 for path in (ROOT / "nanomimi/figures").iterdir())
 
 
-def test_the_readmes_python_runs(tmp_path):
+def test_the_readmes_python_runs(counted, tmp_path, monkeypatch, capsys):
     """With a run of a model that has learned nothing in the place of runs/digits."""
     code = re.search(r"```python\n(.*?)```", README, re.S).group(1)
     run = tmp_path / "run"
-    flags = ["--out", tmp_path / "data", "--hours", "0.03"]
-    small = ["--max_steps", 1, "--n_layer", 1, "--n_embd", 32, "--max_frames", 8]
-    for script in (
-        ["prepare.py", *flags],
-        ["train.py", "--data", tmp_path / "data", "--out", run, *small],
-        ["-c", code.replace("runs/digits", str(run))],
-    ):
-        command = [sys.executable, *map(str, script)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    assert "nats per token" in done.stdout
+    train(TrainConfig(data=(counted,), out=run, max_steps=1, n_layer=1, n_embd=32, max_frames=8))
+    monkeypatch.chdir(ROOT)
+    exec(code.replace("runs/digits", str(run)), {})
+    assert "nats per token" in capsys.readouterr().out
 
 
 def test_ci_runs_the_readmes_test_command():

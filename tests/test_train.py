@@ -106,10 +106,12 @@ def same_training(launched: list[subprocess.Popen], config: TrainConfig, two: Pa
     assert abs(lines[-1]["validation"]["nats_per_token"] - one["nats_per_token"]) < 1e-4
 
 
-def test_two_processes_train_as_one(config):
-    """Flat on two machines: two launchers that meet at an address. The others on one."""
-    two = replace(config, out=config.out.with_name("two"))
-    if config.arch != "flat":
+@pytest.mark.parametrize("arch", ["flat", "hierarchical"])
+def test_two_processes_train_as_one(arch, random_data, tmp_path):
+    """Flat on two machines: two launchers that meet at an address. Hierarchical on one."""
+    config = TrainConfig(data=(random_data,), out=tmp_path / "one", arch=arch, **SMALL)
+    two = replace(config, out=tmp_path / "two")
+    if arch != "flat":
         launched = [torchrun(two, "--standalone", "--nproc_per_node=2")]
     else:
         with socket.socket() as free:
@@ -212,7 +214,7 @@ def test_flags_of_the_other_architecture_are_refused(config):
         with pytest.raises(ValueError, match="--depth_n_embd does not go with --arch flat"):
             train(replace(config, depth_n_embd=16))
     else:
-        with pytest.raises(ValueError, match="--tied does not go with --arch hierarchical"):
+        with pytest.raises(ValueError, match=f"--tied does not go with --arch {config.arch}"):
             train(replace(config, tied=True))
     assert not config.out.exists()
 
@@ -223,3 +225,26 @@ def test_depth_flags_shape_the_depth_decoder(random_data, tmp_path):
     train(TrainConfig(data=(random_data,), out=tmp_path / "run", **flags))
     depth = checkpoint.load(tmp_path / "run")[0].depth.config
     assert (depth.n_layer, depth.n_head, depth.n_embd, depth.n_hidden) == (2, 1, 16, 24)
+
+
+@pytest.mark.parametrize("shares", [(2.0, 2.0, 2.0), (1.0, 0.0, 0.0)])
+def test_codebook_weights_weigh_the_loss(random_data, tmp_path, shares):
+    plain = TrainConfig((random_data,), tmp_path / "plain", **SMALL | {"weight_decay": 0.0})
+    weighted = replace(plain, out=tmp_path / "weighted", codebook_weights=shares)
+    train(plain)
+    train(weighted)
+    a, b = weights(plain.out), weights(weighted.out)
+    if len(set(shares)) == 1:  # their mean counts as one
+        assert same(a, b)
+    else:
+        torch.manual_seed(weighted.seed)
+        fresh = checkpoint.build(checkpoint.read(weighted.out)["model"]).state_dict()
+        assert torch.equal(b["lm_head"][1:], fresh["lm_head"][1:])
+        assert not torch.equal(b["lm_head"][0], fresh["lm_head"][0])
+
+
+@pytest.mark.parametrize("shares", [(1.0, 1.0), (-1.0, 1.0, 1.0), (0.0, 0.0, 0.0)])
+def test_codebook_weights_that_do_not_fit_are_refused(random_data, tmp_path, shares):
+    config = TrainConfig((random_data,), tmp_path / "run", **SMALL, codebook_weights=shares)
+    with pytest.raises(ValueError, match="--codebook_weights must be"):
+        train(config)

@@ -16,7 +16,7 @@ import numpy as np
 from nanomimi import checkpoint
 from nanomimi.codec import Codec
 from nanomimi.config import Config, option, run_script
-from nanomimi.data import TokenDataset
+from nanomimi.data import AGAIN, TokenDataset
 from nanomimi.distributed import resolve_device
 from nanomimi.evaluate.likelihood import Trial, held_out, prefix_swap, score
 from nanomimi.evaluate.pairs import find_pairs, judge
@@ -45,6 +45,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     for name, sha256 in ((folders[0], data.meta["codec_sha256"]), (codec.name, codec.sha256)):
         if sha256 != run["data"]["codec_sha256"]:
             raise ValueError(f"{name} has another codec than {config.run}; use --data or --codec")
+    if data.meta["frame_rate"] != codec.frame_rate:
+        raise ValueError(f"{folders[0]} has another frame rate than its codec; {AGAIN}")
     pairs = find_pairs(config.pairs) if config.pairs else {}
     scorer = partial(score, model, config.batch_size)
     # A prefix and a suffix together fill a window at most.

@@ -30,12 +30,12 @@ Scorer = Callable[[Iterable[Piece]], Iterator[Tensor]]  # `score` with its model
 @torch.inference_mode()
 def score(model: LanguageModel, batch_size: int, pieces: Iterable[Piece]) -> Iterator[Tensor]:
     """For each piece, in order: nats (n - first, Q) float64 of its frames from `first` on."""
-    device, pieces = next(model.parameters()).device, iter(pieces)
+    device, end, pieces = next(model.parameters()).device, model.codebook_size, iter(pieces)
     while batch := list(itertools.islice(pieces, batch_size)):
         frames = [rearrange(codes, "q n -> n q") for codes, _ in batch]
-        # Models are causal, so padding shorter pieces on the right changes none of their nats.
-        codes = rearrange(nn.utils.rnn.pad_sequence(frames), "n b q -> b q n")
-        nats = model(flatten(codes, model.codebook_size).to(device)).cpu().double()
+        # DelayLM reads END after the last frame. Other models do not see what follows a frame.
+        codes = rearrange(nn.utils.rnn.pad_sequence(frames, True, end), "b n q -> b q n")
+        nats = model(flatten(codes, end).to(device)).cpu().double()
         yield from (row[first - 1 : len(f) - 1] for row, f, (_, first) in zip(nats, frames, batch))
 
 
