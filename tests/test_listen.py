@@ -1,5 +1,6 @@
 """The listener's numbers are those of continuations whose digits and voices are known."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ def number_of(sound: np.ndarray) -> int:
 
 
 @pytest.fixture
-def run(monkeypatch):
+def run(monkeypatch, tmp_path):
     """listen(config), where the model answers every prompt with the blips of `answer(prompt)`, and
     the recogniser hears blip d as digit d in the voice and factor of `voice(prompt)`.
     """
@@ -81,7 +82,10 @@ def run(monkeypatch):
         patch(listen_module, "continue_wav", lambda *_: continued)
         hear = lambda sound: (*voice(asked[-1]), number_of(sound))
         patch(listen_module.sound, "make_recogniser", lambda *_: hear)
-        return listen(ListenConfig(trials=8, **flags))
+        rates = listen(ListenConfig(run=tmp_path, trials=8, **flags))
+        kept = json.loads((tmp_path / "listen.json").read_text())
+        assert kept == {", ".join(row): list(numbers) for row, numbers in rates.items()}
+        return rates
 
     return call
 

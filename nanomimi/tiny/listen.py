@@ -5,6 +5,7 @@ voice if it is the prompt's, and its factor at most one step of the recogniser's
 voices (--prompts) are told by F0 and formants, from those of the folder's other speakers.
 """
 
+import json
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def rate(hits: list[list[bool]]) -> tuple[float, float, int]:
 
 
 def listen(config: ListenConfig) -> dict[tuple[str, str], tuple[float, float, int]]:
-    """Print and return the rates of every kind of prompt."""
+    """Print, write to RUN/listen.json and return the rates of every kind of prompt."""
     model, run = checkpoint.load(config.run)
     codec = Codec.load(run["data"]["codec"], model.num_codebooks)
     people = digits.read_voices(config.prompts) if config.prompts else {}
@@ -94,6 +95,8 @@ def listen(config: ListenConfig) -> dict[tuple[str, str], tuple[float, float, in
     rates = {row: rate(each) for row, each in hits.items()}
     for (kind, what), (share, error, trials) in rates.items():
         print(f"{kind}, {what}: {100 * share:.1f} ± {100 * error:.1f}% of {trials}")
+    named = {", ".join(row): numbers for row, numbers in rates.items()}
+    (config.run / "listen.json").write_text(json.dumps(named, indent=1) + "\n")
     return rates
 
 
