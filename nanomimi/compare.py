@@ -47,7 +47,9 @@ EQUIVALENT = 0.1  # d'
 
 @dataclass(frozen=True)
 class Plan:
-    """`rates`: the grid of step 1, at width 192; a single one is used as it is."""
+    """`rates`: the grid of step 1, at width 192; a single one is used as it is. The first number
+    of FLOPs takes the first four widths of each arm; each further one leaves out the next smallest.
+    """
 
     rates: tuple[float, ...]
     widths: dict[str, tuple[int, ...]]
@@ -57,7 +59,8 @@ class Plan:
     kept: int  # models along a training of step 3
 
 
-WIDTHS = {"F": (96, 128, 192, 256), "H": (128, 192, 256, 384), "D": (128, 192, 256, 384)}
+WIDTHS = {"F": (64, 96, 128, 192, 256, 384), "H": (128, 192, 256, 384, 512, 768)}
+WIDTHS["D"] = WIDTHS["H"]
 PLANS = {
     "small": Plan((3e-3,), {"F": (128,), "H": (256,), "D": (256,)}, (1e13,), H16, 2, 4),
     "full": Plan((1e-3, 2e-3, 4e-3, 8e-3), WIDTHS, (1e13, 4e13, 1.6e14), {**H16, **BY_Q}, 4, 8),
@@ -96,9 +99,9 @@ def compare(config: CompareConfig) -> None:
     rates = {arm: tune(config, plan, arm, flops[0]) for arm in ARMS}
     grid = [
         Cell(arm, flags, width, each, rates[arm])
-        for each in flops
+        for i, each in enumerate(flops)
         for arm, flags in ARMS.items()
-        for width in plan.widths[arm]
+        for width in plan.widths[arm][i : i + 4]
     ]
     nats = {c: nats_per_frame(runs[-1], UNHEARD) for c, runs in trained(config, grid).items()}
     ranked = sorted(nats, key=nats.get, reverse=True)
@@ -141,7 +144,7 @@ def tune(config: CompareConfig, plan: Plan, arm: str, flops: float) -> float:
         cells = [
             Cell("tune", ARMS[arm], width, flops, rate)
             for rate in rates
-            for width in plan.widths[arm][::2]
+            for width in plan.widths[arm][:4:2]
         ]
         for cell, runs in trained(config, cells).items():
             lines = (runs[-1] / "log.jsonl").read_text().splitlines()
