@@ -28,8 +28,8 @@ from nanomimi import checkpoint
 from nanomimi.audio import audio_files, read_audio, resample
 from nanomimi.codec import TINY, MimiModel, build, read_shape
 from nanomimi.config import Config, option, run_script
-from nanomimi.distributed import catch_signals, lock, resolve_device
-from nanomimi.files import fits, load_tensors, replacing, save_tensors
+from nanomimi.distributed import catch_signals, resolve_device
+from nanomimi.files import fits, load_tensors, lock, replacing, save_tensors
 from nanomimi.tiny import digits
 
 WINDOWS = {2048: 80, 1024: 64, 512: 40, 256: 32, 128: 20}  # samples: mel bands
