@@ -32,8 +32,8 @@ from nanomimi.audio import FORMATS, audio_files, read_audio
 from nanomimi.codec import Codec
 from nanomimi.config import Config, option, run_script
 from nanomimi.data import AGAIN, SPLITS, Split, TokenDataset
-from nanomimi.distributed import lock, resolve_device
-from nanomimi.files import read_json, replacing
+from nanomimi.distributed import resolve_device
+from nanomimi.files import lock, read_json, replacing
 from nanomimi.tiny import digits
 from nanomimi.writer import DatasetWriter
 

@@ -28,8 +28,9 @@ from tqdm import tqdm
 from nanomimi import checkpoint, weights
 from nanomimi.config import Config, option, parse, run_script
 from nanomimi.data import SPLITS, TokenDataset
-from nanomimi.distributed import catch_signals, compile_model, init_processes, lock
+from nanomimi.distributed import catch_signals, compile_model, init_processes
 from nanomimi.distributed import resolve_device, resolve_dtype
+from nanomimi.files import lock
 from nanomimi.llama import LlamaConfig
 from nanomimi.lm import summarize
 
@@ -107,8 +108,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         run = describe(config, train_set.meta, dtype)
 
         torch.manual_seed(config.seed)
-        source = None if config.resume else config.init_from
-        model, started = weights.start(run, source, device)
+        model, started = weights.start(run, None if config.resume else config.init_from, device)
         if rank == 0:
             stack.enter_context(lock(config.out))
         caught = stack.enter_context(catch_signals())

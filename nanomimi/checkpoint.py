@@ -19,16 +19,15 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from nanomimi.data import META
-from nanomimi.files import fits, load_tensors, read_json, replacing, save_tensors
 from nanomimi.delay import DelayLM
+from nanomimi.files import fits, load_tensors, read_json, replacing, save_tensors
 from nanomimi.flat import FlatLM
 from nanomimi.hierarchical import HierarchicalLM
 from nanomimi.llama import LlamaConfig, RopeScaling
 from nanomimi.lm import LanguageModel
 
 FORMAT = 2
-MODELS: dict[str, type[LanguageModel]] = {"flat": FlatLM, "hierarchical": HierarchicalLM}
-MODELS["delay"] = DelayLM
+MODELS = {"flat": FlatLM, "hierarchical": HierarchicalLM, "delay": DelayLM}
 AGAIN = "train the run again"
 RUN = {  # the kind of run.json
     "format": Literal[FORMAT],

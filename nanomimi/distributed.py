@@ -1,11 +1,10 @@
-"""Processes, device and precision."""
+"""Processes, their signals, device and precision."""
 
 import contextlib
 import os
 import signal
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -46,24 +45,6 @@ def init_processes(device: torch.device) -> Iterator[Processes]:
         yield Processes(device, dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Makes the folder, and keeps it from other processes that write into it, or ValueError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        try:
-            import fcntl
-
-            descriptor = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder} is in use by another process; change --out") from None
-        except (ImportError, OSError):
-            pass  # Windows and some network file systems have no such locks
-        yield
 
 
 @contextlib.contextmanager

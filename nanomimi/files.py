@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-
 Positive = Annotated[float, "above 0, and of a size that such numbers have"]
 
 
@@ -72,6 +71,24 @@ def replacing(path: Path) -> Iterator[Path]:
         raise OSError(f"{path} could not be written ({error})") from None
     finally:
         new.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Makes the folder, and keeps it from other processes that write into it, or ValueError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            import fcntl
+
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder} is in use by another process; change --out") from None
+        except (ImportError, OSError):
+            pass  # Windows and some network file systems have no such locks
+        yield
 
 
 def save_tensors(

@@ -50,7 +50,7 @@ class HierarchicalLM(LanguageModel):
         self, config: LlamaConfig, *sizes: int, depth_fraction: float = 1.0, **depth: int
     ) -> None:
         """`sizes` as in LanguageModel; `depth`: OPTIONS that change the depth decoder's shape;
-        `depth_fraction`: share of frames on which it is trained. CSM takes a sixteenth.
+        `depth_fraction`: share of frames on which it is trained.
         """
         super().__init__(config, *sizes)
         self.depth_fraction = depth_fraction

@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from nanomimi import DatasetWriter, TokenDataset, checkpoint, make_sampler
 from nanomimi.audio import read_audio, write_wav
 from nanomimi.config import parse
-from nanomimi.distributed import catch_signals, lock
+from nanomimi.distributed import catch_signals
 from nanomimi.evaluate.__main__ import EvaluateConfig, evaluate
-from nanomimi.files import Positive, fits
+from nanomimi.files import Positive, fits, lock
 from nanomimi.tiny import train_codec
 from prepare import PrepareConfig, prepare
 from sample import SampleConfig, sample
@@ -224,7 +224,7 @@ def wait_for(path: Path, seconds: float = 120) -> None:
 
 
 @pytest.mark.parametrize("launch", [[], ["-m", "torch.distributed.run", "--nproc_per_node=2"]])
-def test_a_signal_ends_a_training_after_a_checkpoint_that_resumes_exactly(config, launch):
+def test_a_signal_ends_a_training_after_a_checkpoint(config, launch):
     number = signal.SIGINT if not launch else signal.SIGTERM
     process = start(*launch, "train.py", *flags_of(config))
     wait_for(config.out / "run.json")

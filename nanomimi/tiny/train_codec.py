@@ -27,8 +27,8 @@ from nanomimi import checkpoint
 from nanomimi.audio import audio_files, read_audio
 from nanomimi.codec import TINY, MimiModel, build, read_shape
 from nanomimi.config import Config, option, run_script
-from nanomimi.distributed import catch_signals, lock, resolve_device
-from nanomimi.files import load_tensors, replacing, save_tensors
+from nanomimi.distributed import catch_signals, resolve_device
+from nanomimi.files import load_tensors, lock, replacing, save_tensors
 from nanomimi.tiny import digits
 from nanomimi.tiny.sound import mel_distance
 
