@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanomimi import checkpoint
-from nanomimi.audio import STDOUT, from_first_sound, open_wav, read_audio
+from nanomimi.audio import STDOUT, open_wav, read_audio, trim_silence
 from nanomimi.codec import CHUNK_SECONDS, Codec
 from nanomimi.config import Config, option, run_script
 from nanomimi.distributed import resolve_device, resolve_dtype
@@ -88,7 +88,7 @@ def encode_prompt(config: SampleConfig, codec: Codec, model: LanguageModel) -> T
     """Codes (1, Q, 1 + T): the separator, then the whole frames of the prompt."""
     codes = separator(model.num_codebooks, model.codebook_size).to(codec.device)
     if config.prompt is not None:
-        wav = from_first_sound(read_audio(config.prompt, codec.sample_rate), codec.sample_rate)
+        wav = trim_silence(read_audio(config.prompt, codec.sample_rate), codec.sample_rate)
         wav = wav[: round(config.prompt_seconds * codec.sample_rate)]
         # A last frame that is partly silence would sound like a cut.
         wav = wav[: len(wav) // codec.frame_size * codec.frame_size]

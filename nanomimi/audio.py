@@ -78,12 +78,18 @@ def resample(wav: np.ndarray, source: int, target: int) -> np.ndarray:
     return np.concatenate(pieces)[: -(-len(wav) * target // source)]
 
 
-def from_first_sound(wav: np.ndarray, sample_rate: int) -> np.ndarray:
-    """(S,) from 0.2 s before its first sound, its loudest 20 ms at -14 dB; all silence: (0,)."""
-    wav = np.pad(wav, (sample_rate // 5, 0))
-    power = np.convolve(wav**2, np.full(sample_rate // 50, 50 / sample_rate))
-    start = (power > max(1e-7, power.max() / 400)).argmax() - sample_rate // 5  # within 26 dB
-    return wav[start:] * np.float32(0.2 / power.max() ** 0.5) if start >= 0 else wav[:0]
+def trim_silence(wav: np.ndarray, sample_rate: int) -> np.ndarray:
+    """(S,) from 0.2 s before its first sound to 0.2 s after its last, its loudest 20 ms at -14 dB.
+
+    A sound is what is within 26 dB of the loudest. All silence: (0,).
+    """
+    margin = sample_rate // 5
+    power = np.convolve(wav**2, np.full(sample_rate // 50, 50 / sample_rate), "same")
+    loud = np.flatnonzero(power > max(1e-7, power.max() / 400))
+    if not len(loud):
+        return wav[:0]
+    sound = np.pad(wav, margin)[loud[0] : loud[-1] + 2 * margin]
+    return sound * np.float32(0.2 / power.max() ** 0.5)
 
 
 def write_wav(path: Path, wav: np.ndarray, sample_rate: int) -> None:

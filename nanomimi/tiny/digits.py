@@ -24,12 +24,13 @@ FOLDER = Path(__file__).parent / "digits"
 SAMPLE_RATE = 24000  # of the clips, and the unit of index.csv
 PAUSE = (0.12, 0.30)  # seconds between digits; longer than the silence inside "six" or "eight"
 GAIN = (-4.0, 0.0)  # dB
+NOISE = (-75.0, -40.0)  # dB
 TRAIN, KNOWN, UNHEARD = "train", "known voices, unheard takes", "unheard voices"  # the kinds
 # Voice factors at which a speech recogniser hears 90% of the clips right: see README.md.
 FACTORS = dict(awb=(0.9, 1.25), rms=(0.9, 1.3), kal=(0.9, 1.3), ked=(0.9, 1.25), slt=(0.75, 1.05))
 FACTORS |= dict(kh0=(0.8, 1.05), lh0=(0.8, 1.05))
 # A man of middle pitch. ked, made in the same way, is in training: only the speaker is unheard.
-HELD_OUT_VOICE, HELD_OUT_TAKE = "kal", 1
+HELD_OUT_VOICE = "kal"
 
 Voice = list[list[np.ndarray]]  # clips[take][digit] is (S,) float32
 Rng = np.random.Generator
@@ -50,10 +51,12 @@ class Utterance:
 def load_clips() -> dict[str, Voice]:
     """The bundled clips: voice -> take -> digit -> (S,) float32 at SAMPLE_RATE."""
     wavs = {name: read_audio(FOLDER / f"{name}.ogg", SAMPLE_RATE) for name in FACTORS}
-    voices: dict[str, Voice] = {name: [[], [], []] for name in FACTORS}
+    voices: dict[str, Voice] = {name: [] for name in FACTORS}
     for row in csv.DictReader((FOLDER / "index.csv").read_text().splitlines()):
-        name, start, length = row["voice"], int(row["start"]), int(row["length"])
-        voices[name][int(row["take"])].append(wavs[name][start : start + length])
+        takes, start, length = voices[row["voice"]], int(row["start"]), int(row["length"])
+        if row["digit"] == "0":
+            takes.append([])
+        takes[-1].append(wavs[row["voice"]][start : start + length])
     return voices
 
 
@@ -81,6 +84,23 @@ def speak(voice: Voice, digits: Sequence[int], rng: Rng, factor: float = 1.0) ->
     return wav * np.float32(10 ** (rng.uniform(*GAIN) / 20))
 
 
+def record(wav: np.ndarray, rng: Rng) -> np.ndarray:
+    """(S,) -> (S,): what a random microphone makes of it, with its tone, its band and its noise."""
+    spectrum = np.fft.rfft(wav)
+    octave = np.log2(np.linspace(20, SAMPLE_RATE / 2, len(spectrum)))
+    decibels = np.interp(octave, np.arange(4, 15), rng.normal(0, 1.5, 11).cumsum())
+    low, high = np.log2([rng.uniform(30, 300), rng.choice([3500, 5500, 8000, 16000])])
+    decibels -= 24 * np.maximum(0, low - octave) + 60 * np.maximum(0, octave - high)
+    response = 10 ** (decibels / 20)
+    heard = np.fft.irfft(spectrum * response, len(wav))
+    # Pink noise, of the same power in every octave.
+    noise = response * 2 ** (-octave / 2) * np.fft.rfft(rng.standard_normal(len(wav)))
+    noise = np.fft.irfft(noise, len(wav))
+    heard *= np.abs(wav).max() / np.abs(heard).max()
+    noise *= 10 ** (rng.uniform(*NOISE) / 20) / noise.std()
+    return (heard + noise).astype(np.float32)
+
+
 def utter(voices: dict[str, Voice], digits: Sequence[int], kind: str, rng: Rng) -> Utterance:
     """The digits in a random voice, with a factor and takes that belong to the kind."""
     name = str(rng.choice([name for name in voices if name != HELD_OUT_VOICE]))
@@ -90,8 +110,13 @@ def utter(voices: dict[str, Voice], digits: Sequence[int], kind: str, rng: Rng) 
         name, shares = HELD_OUT_VOICE, (0.0, 1.0)
     low, high = FACTORS[name]
     factor = low + (high - low) * (rng.uniform(*shares) % 1)
-    takes = [take for i, take in enumerate(voices[name]) if (i == HELD_OUT_TAKE) != (kind == TRAIN)]
-    wav = speak(takes, digits, rng, factor)
+    takes, middle = voices[name], len(voices[name]) // 2
+    row = 3 * int(rng.integers(len(takes) // 3))  # an utterance has one pitch
+    if kind == TRAIN:
+        takes = [take for i, take in enumerate(takes[row : row + 3], row) if i != middle]
+        wav = record(speak(takes, digits, rng, factor), rng)
+    else:
+        wav = speak(takes[middle : middle + 1], digits, rng, factor)
     return Utterance("train" if kind == TRAIN else "val", kind, name, factor, tuple(digits), wav)
 
 
