@@ -46,7 +46,7 @@ class PrepareConfig(Config):
     num_codebooks: int = option(8, "codebooks to keep; training can use fewer", at_least=1)
     val_fraction: float = option(0.1, "share held out; 1: to evaluate only", above=0, at_most=1)
     split_by: Literal["file", "group"] = option("file", "hold out files, or whole speakers")
-    hours: float = option(4.0, "hours of counting to compose from the bundled digits", above=0)
+    hours: float = option(6.0, "hours of counting to compose from the bundled digits", above=0)
     seed: int = option(0, "seed of the split, the order and the composed digits", at_least=0)
     device: str = option("auto", "auto, cpu, cuda or mps")
     overwrite: bool = option(False, "replace what other arguments have prepared in --out")
@@ -160,8 +160,12 @@ def encode_all(
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(cores) as pool:
+            encoded = iter(())
+            # Digits are composed here, while the threads encode the block before.
             while block := list(itertools.islice(recordings, 32 * cores)):
-                yield from zip(block, pool.map(encode, block))
+                before, encoded = encoded, zip(block, pool.map(encode, block))
+                yield from before
+            yield from encoded
     finally:
         torch.set_num_threads(threads)
 

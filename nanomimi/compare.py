@@ -62,7 +62,7 @@ class Plan:
 WIDTHS = {"F": (64, 96, 128, 192, 256, 384), "H": (128, 192, 256, 384, 512, 768)}
 WIDTHS["D"] = WIDTHS["H"]
 PLANS = {
-    "small": Plan((3e-3,), {"F": (128,), "H": (256,), "D": (256,)}, (1e13,), H16, 2, 4),
+    "small": Plan((3e-3,), {"F": (128,), "H": (256,), "D": (256,)}, (1e13,), H16, 2, 3),
     "full": Plan((1e-3, 2e-3, 4e-3, 8e-3), WIDTHS, (1e13, 4e13, 1.6e14), {**H16, **BY_Q}, 4, 8),
 }
 
@@ -185,7 +185,8 @@ def _run(config: CompareConfig, listen: bool, cell: Cell) -> list[Path]:
             words = f"-m nanomimi.evaluate --run {folder} --trials {config.trials}"
             _execute(config, run, words)
     if listen and not (run / "listen.json").exists():
-        _execute(config, run, f"-m nanomimi.tiny.listen --run {run}")
+        some = max(1, config.trials // 8)  # generating takes longer than scoring
+        _execute(config, run, f"-m nanomimi.tiny.listen --run {run} --trials {some}")
     return runs
 
 

@@ -15,9 +15,9 @@ def test_the_bundled_files_are_as_small_as_promised():
     assert size(TINY.parent, "mimi.*") < 6e6
 
 
-def test_seven_voices_say_ten_digits_at_three_rates_and_pitches_and_differ_in_pitch():
+def test_ten_voices_say_ten_digits_at_three_rates_and_pitches_and_differ_in_pitch():
     voices = digits.load_clips()
-    assert len(voices) == 7
+    assert len(voices) == 10
     pitches = []
     for name, takes in voices.items():
         assert [len(take) for take in takes] == [10] * (3 if name == "rms" else 9)
@@ -26,7 +26,7 @@ def test_seven_voices_say_ten_digits_at_three_rates_and_pitches_and_differ_in_pi
         if len(takes) == 9:
             assert pitch(takes[1][9]) < pitch(takes[4][9]) < pitch(takes[7][9])
         for clip in (clip for take in takes for clip in take):
-            assert 0.2 < len(clip) / digits.SAMPLE_RATE < 1.0 and 0.5 < np.abs(clip).max() < 0.8
+            assert 0.15 < len(clip) / digits.SAMPLE_RATE < 1.0 and 0.5 < np.abs(clip).max() < 0.85
         pitches.append(pitch(takes[len(takes) // 2][9]))
     assert min(pitches) < 90 and max(pitches) > 190 and len({round(p / 5) for p in pitches}) >= 7
 
@@ -129,7 +129,9 @@ def test_a_microphone_changes_tone_and_noise_and_keeps_the_words():
         assert np.corrcoef(blocks(x), blocks(wav))[0, 1] > 0.8
         brightness.append(20 * np.log10(band(x, 4000, 8000) / band(x, 500, 2000)))
         floor.append(20 * np.log10(blocks(x).min()))
-    assert np.ptp(brightness) > 6 and -80 < min(floor) < max(floor) < -38 and np.ptp(floor) > 8
+    low, high = digits.NOISE
+    assert low - 3 < min(floor) < low + 10 and high - 10 < max(floor) < high + 3
+    assert np.ptp(brightness) > 10
     assert np.array_equal(recorded[0], digits.record(wav, np.random.default_rng(0)))
 
 
