@@ -179,7 +179,8 @@ def _run(config: CompareConfig, listen: bool, cell: Cell) -> list[Path]:
     if cell.arm == "tune":
         return [run]
     step = lambda folder: int(folder.name.removeprefix("step-"))
-    runs = [*sorted(run.glob("step-*"), key=step), run]
+    # The last of the kept models may be the run itself.
+    runs = [*(r for r in sorted(run.glob("step-*"), key=step) if step(r) < steps), run]
     for folder in runs:
         if not (folder / "evaluation.json").exists():
             words = f"-m nanomimi.evaluate --run {folder} --trials {config.trials}"

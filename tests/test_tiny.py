@@ -15,9 +15,9 @@ def test_the_bundled_files_are_as_small_as_promised():
     assert size(TINY.parent, "mimi.*") < 6e6
 
 
-def test_ten_voices_say_ten_digits_at_three_rates_and_pitches_and_differ_in_pitch():
+def test_seven_voices_say_ten_digits_at_three_rates_and_pitches_and_differ_in_pitch():
     voices = digits.load_clips()
-    assert len(voices) == 10
+    assert len(voices) == 7
     pitches = []
     for name, takes in voices.items():
         assert [len(take) for take in takes] == [10] * (3 if name == "rms" else 9)
@@ -26,7 +26,7 @@ def test_ten_voices_say_ten_digits_at_three_rates_and_pitches_and_differ_in_pitc
         if len(takes) == 9:
             assert pitch(takes[1][9]) < pitch(takes[4][9]) < pitch(takes[7][9])
         for clip in (clip for take in takes for clip in take):
-            assert 0.15 < len(clip) / digits.SAMPLE_RATE < 1.0 and 0.5 < np.abs(clip).max() < 0.85
+            assert 0.2 < len(clip) / digits.SAMPLE_RATE < 1.0 and 0.5 < np.abs(clip).max() < 0.8
         pitches.append(pitch(takes[len(takes) // 2][9]))
     assert min(pitches) < 90 and max(pitches) > 190 and len({round(p / 5) for p in pitches}) >= 7
 
@@ -57,7 +57,6 @@ def spoken() -> dict[str, list[digits.Utterance]]:
     composed = defaultdict(list)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(digits, "load_clips", lambda: {name: [*range(9)] for name in digits.FACTORS})
-        patch.setattr(digits, "record", lambda wav, rng: wav)
         fake = lambda takes, said, rng, factor: np.array([*takes] * len(said) + [factor])
         patch.setattr(digits, "speak", fake)
         # Counted as samples, the few numbers of an utterance are half a millisecond.
@@ -112,27 +111,6 @@ def test_a_voice_factor_moves_pitch_and_formants_and_keeps_the_pauses():
     centre = lambda x: np.searchsorted(np.cumsum(p := np.abs(np.fft.rfft(x)) ** 2) / p.sum(), 0.5)
     height = [centre(x) / len(x) for x in nines]
     assert height[1] == pytest.approx(1.3 * height[0], rel=0.05)
-
-
-def test_a_microphone_changes_tone_and_noise_and_keeps_the_words():
-    """Band, tone and noise of recordings of the same sound differ; its envelope does not."""
-    wav = digits.speak(digits.load_clips()["rms"], [3, 4, 5], np.random.default_rng(0))
-    recorded = [digits.record(wav, np.random.default_rng(seed)) for seed in range(8)]
-    blocks = lambda x: np.sqrt(np.mean(x[: len(x) // 1200 * 1200].reshape(-1, 1200) ** 2, axis=1))
-    band = lambda x, low, high: np.linalg.norm(
-        np.fft.rfft(x)[round(low * len(x) / 24000) : round(high * len(x) / 24000)]
-    )
-    brightness, floor = [], []
-    for x in recorded:
-        assert x.dtype == np.float32 and x.shape == wav.shape and len(segments(x)) == 3
-        assert np.abs(x).max() == pytest.approx(np.abs(wav).max(), rel=0.1)
-        assert np.corrcoef(blocks(x), blocks(wav))[0, 1] > 0.8
-        brightness.append(20 * np.log10(band(x, 4000, 8000) / band(x, 500, 2000)))
-        floor.append(20 * np.log10(blocks(x).min()))
-    low, high = digits.NOISE
-    assert low - 3 < min(floor) < low + 10 and high - 10 < max(floor) < high + 3
-    assert np.ptp(brightness) > 10
-    assert np.array_equal(recorded[0], digits.record(wav, np.random.default_rng(0)))
 
 
 def resynthesis(
