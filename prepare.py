@@ -46,7 +46,7 @@ class PrepareConfig(Config):
     num_codebooks: int = option(8, "codebooks to keep; training can use fewer", at_least=1)
     val_fraction: float = option(0.1, "share held out; 1: to evaluate only", above=0, at_most=1)
     split_by: Literal["file", "group"] = option("file", "hold out files, or whole speakers")
-    hours: float = option(4.0, "hours of counting to compose from the bundled digits", above=0)
+    hours: float = option(6.0, "hours of counting to compose from the bundled digits", above=0)
     seed: int = option(0, "seed of the split, the order and the composed digits", at_least=0)
     device: str = option("auto", "auto, cpu, cuda or mps")
     overwrite: bool = option(False, "replace what other arguments have prepared in --out")
@@ -106,10 +106,11 @@ def prepare(config: PrepareConfig) -> None:
 
 
 def describe(config: PrepareConfig, files: list[Path], codec: Codec) -> dict[str, Any]:
-    """What the data depend on. Files are told by names and sizes."""
+    """What the data depend on. Files are told by names and sizes, clips by their positions."""
     names = ("num_codebooks", "val_fraction", "split_by", "hours", "seed")
     listed = repr([(str(file), file.stat().st_size) for file in files])
-    sources = {"codec": codec.sha256, "audio": hashlib.sha256(listed.encode()).hexdigest()}
+    clips = b"" if files else (digits.FOLDER / "index.csv").read_bytes()
+    sources = {"codec": codec.sha256, "audio": hashlib.sha256(listed.encode() + clips).hexdigest()}
     return {name: getattr(config, name) for name in names} | sources
 
 
@@ -132,10 +133,11 @@ def from_files(files: list[Path], config: PrepareConfig, sample_rate: int) -> It
 
 
 def from_digits(config: PrepareConfig) -> Iterator[Recording]:
-    """Composed counting; a voice is a group, and the file's name tells what it says."""
+    """Composed counting; a voice at a factor, rounded to 0.05, is a group: one speaker."""
     for u in digits.utterances(config.hours, config.val_fraction, config.seed):
-        name = f"{u.voice} {''.join(map(str, u.digits))}"
-        yield Recording(u.split, name, u.voice, lambda wav=u.wav: wav)
+        name = f"{u.kind}: {u.voice} {u.factor:.3f} {''.join(map(str, u.digits))}"
+        group = f"{u.kind}: {u.voice} {round(20 * u.factor) / 20:.2f}"
+        yield Recording(u.split, name, group, lambda wav=u.wav: wav)
 
 
 def encode_all(
@@ -158,8 +160,12 @@ def encode_all(
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(cores) as pool:
+            encoded = iter(())
+            # Digits are composed here, while the threads encode the block before.
             while block := list(itertools.islice(recordings, 32 * cores)):
-                yield from zip(block, pool.map(encode, block))
+                before, encoded = encoded, zip(block, pool.map(encode, block))
+                yield from before
+            yield from encoded
     finally:
         torch.set_num_threads(threads)
 

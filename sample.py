@@ -1,7 +1,7 @@
 """runs/NAME (+ a prompt) -> wav files.
 
     python sample.py                                            four samples of runs/digits
-    python sample.py --prompt nanomimi/tiny/digits/diana.ogg    count on in diana's voice
+    python sample.py --prompt nanomimi/tiny/digits/slt.ogg      count on in slt's voice
     python sample.py --stream --num_samples 1 --out - | aplay -f S16_LE -r 24000   listen live
 
 A wav holds the prompt and what follows, up to END or `seconds`, which may exceed the context.
@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanomimi import checkpoint
-from nanomimi.audio import STDOUT, open_wav, read_audio
+from nanomimi.audio import STDOUT, open_wav, read_audio, trim_silence
 from nanomimi.codec import CHUNK_SECONDS, Codec
 from nanomimi.config import Config, option, run_script
 from nanomimi.distributed import resolve_device, resolve_dtype
@@ -88,11 +88,13 @@ def encode_prompt(config: SampleConfig, codec: Codec, model: LanguageModel) -> T
     """Codes (1, Q, 1 + T): the separator, then the whole frames of the prompt."""
     codes = separator(model.num_codebooks, model.codebook_size).to(codec.device)
     if config.prompt is not None:
-        wav = read_audio(config.prompt, codec.sample_rate, config.prompt_seconds)
+        wav = trim_silence(read_audio(config.prompt, codec.sample_rate), codec.sample_rate)
+        wav = wav[: round(config.prompt_seconds * codec.sample_rate)]
         # A last frame that is partly silence would sound like a cut.
         wav = wav[: len(wav) // codec.frame_size * codec.frame_size]
         if not len(wav):
-            raise ValueError(f"{config.prompt} is shorter than a frame ({1 / codec.frame_rate} s)")
+            short = f"shorter than a frame ({1 / codec.frame_rate} s)"
+            raise ValueError(f"{config.prompt} is silent or {short}; record it again")
         spoken = codec.encode(rearrange(torch.from_numpy(wav), "s -> 1 1 s"))
         codes = torch.cat([codes, spoken[0]], dim=1)
     if codes.shape[1] > model.max_frames:

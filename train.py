@@ -75,6 +75,7 @@ class TrainConfig(Config):
     eval_every: int = option(200, "steps between validations", at_least=1)
     eval_windows: int = option(64, "validation windows, the same every time", at_least=1)
     save_every: int = option(500, "steps between checkpoints", at_least=1)
+    keep_every: int | None = option(None, "steps between models that stay: OUT/step-N", at_least=1)
     resume: bool = option(False, "continue the run in --out, with its own settings")
 
 
@@ -185,6 +186,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
             if (done % config.save_every == 0 or finished or stop) and rank == 0:
                 checkpoint.save(config.out, done, model, optimizer, run)
                 log.say(f"step {done}: saved {config.out}")
+            if config.keep_every and done % config.keep_every == 0 and rank == 0:
+                (kept := config.out / f"step-{done}").mkdir(exist_ok=True)
+                checkpoint.save(kept, done, model, None, run)
             if stop:
                 log.say(f"step {done}: stopped by a signal; --resume continues")
                 sys.exit(128 + max(caught, default=signal.SIGTERM))

@@ -1,94 +1,262 @@
-"""The paper's comparison in small, a run per core: python -m nanomimi.compare --jobs 2
+"""The comparison of models at equal training FLOPs: python -m nanomimi.compare --budget small
 
-Every model is trained and evaluated with every seed, by the commands that are printed; finished
-runs are not repeated. OUT/compare.svg shows every run of flat against hierarchical.
+F is flat, H hierarchical, D the delay pattern; H16 is H with a depth decoder that is trained on a
+sixteenth of the frames. They predict the same tokens. The plan:
+
+1. learning rates: least FLOPs, two widths, on --tune_data, which no table reports
+2. every arm at every width and number of FLOPs: isoFLOP curves, flops.svg
+3. more seeds of each arm at its best width, evaluated along the training: consistency.svg, the test
+
+The test: d' of F minus that of H, H16 and D at equal nats per frame, on unheard voices, with the
+seeds of step 3; Holm's correction. Everything else is exploratory. The commands are printed as they
+run. A second call goes on with what was stopped and repeats nothing.
 """
 
+import functools
 import json
+import math
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
 
 from nanomimi import checkpoint
 from nanomimi.bench import training_flops
-from nanomimi.config import Config, option, run_script
+from nanomimi.config import Config, option, parse, run_script
+from nanomimi.data import TokenDataset
+from nanomimi.evaluate.contrast import contrast, holm, nats_per_frame
 from nanomimi.picture import plot
+from nanomimi.tiny.digits import UNHEARD
+from train import TrainConfig, describe
 
-COMPARISON = {
-    "flat": "",
-    "hierarchical, same parameters": "--arch hierarchical --n_hidden 480 --depth_n_hidden 320",
-    "hierarchical, same compute": "--arch hierarchical --n_embd 384 --lr 1.5e-3",
+ARMS = {"F": "--arch flat", "H": "--arch hierarchical", "D": "--arch delay"}
+# Variants have the width and the learning rate of their arm.
+H16 = {"H16": ("H", "--depth_fraction 0.0625")}
+BY_Q = {f"{arm}, Q = {q}": (arm, f"--num_codebooks {q}") for q in (1, 2, 8) for arm in "FH"}
+EQUIVALENT = 0.1  # d'
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`rates`: the grid of step 1, at width 192; a single one is used as it is. The first number
+    of FLOPs takes the first four widths of each arm; each further one leaves out the next smallest.
+    """
+
+    rates: tuple[float, ...]
+    widths: dict[str, tuple[int, ...]]
+    flops: tuple[float, ...]
+    variants: dict[str, tuple[str, str]]
+    seeds: int
+    kept: int  # models along a training of step 3
+
+
+WIDTHS = {"F": (64, 96, 128, 192, 256, 384), "H": (128, 192, 256, 384, 512, 768)}
+WIDTHS["D"] = WIDTHS["H"]
+PLANS = {
+    "small": Plan((3e-3,), {"F": (128,), "H": (256,), "D": (256,)}, (1e13,), H16, 2, 3),
+    "full": Plan((1e-3, 2e-3, 4e-3, 8e-3), WIDTHS, (1e13, 4e13, 1.6e14), {**H16, **BY_Q}, 4, 8),
 }
-MODELS = {**COMPARISON, **{f"flat, Q = {q}": f"--num_codebooks {q}" for q in (1, 2, 8)}}
 
 
 @dataclass(frozen=True)
 class CompareConfig(Config):
     data: Path = option(Path("data/digits"), "folder written by prepare.py")
-    out: Path = option(Path("runs/compare"), "folder for the runs, the table and the picture")
-    seeds: int = option(3, "seeds of every model", at_least=1)
-    max_steps: int = option(1200, "optimizer steps", at_least=1)
-    jobs: int = option(1, "runs at the same time, each on its share of the cores", at_least=1)
+    tune_data: Path = option(Path("data/tune"), "another one, for the learning rates")
+    out: Path = option(Path("runs/compare"), "folder for the runs, the tables and the pictures")
+    budget: Literal["small", "full"] = option("small", "half an hour, or a night, on two cores")
+    scale: float = option(1.0, "factor of all training FLOPs", above=0)
+    trials: int = option(400, "trials of each prefix swap", at_least=1)
+    listen: bool = option(True, "listen to generated digits")
+    jobs: int = option(2, "runs at the same time, each on its share of the cores", at_least=1)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A training."""
+
+    arm: str
+    flags: str
+    width: int
+    flops: float
+    rate: float
+    seed: int = 0
+    kept: int = 0
 
 
 def compare(config: CompareConfig) -> None:
-    """Train and evaluate what is missing, then print the table and draw the picture."""
-    config.out.mkdir(parents=True, exist_ok=True)
-    jobs = [(config, name, seed) for name in MODELS for seed in range(config.seeds)]
+    """Train and evaluate what is missing, then write OUT/tables.md and the pictures."""
+    plan = PLANS[config.budget]
+    flops = [config.scale * each for each in plan.flops]
+    rates = {arm: tune(config, plan, arm, flops[0]) for arm in ARMS}
+    grid = [
+        Cell(arm, flags, width, each, rates[arm])
+        for i, each in enumerate(flops)
+        for arm, flags in ARMS.items()
+        for width in plan.widths[arm][i : i + 4]
+    ]
+    nats = {c: nats_per_frame(runs[-1], UNHEARD) for c, runs in trained(config, grid).items()}
+    ranked = sorted(nats, key=nats.get, reverse=True)
+    best = {(cell.arm, cell.flops): cell for cell in ranked}  # the last, with the least, stays
+    middle = flops[len(flops) // 2]
+    seeds = []
+    for name, (arm, more) in ({arm: (arm, "") for arm in ARMS} | plan.variants).items():
+        of = best[arm, middle]
+        for seed in range(1, 1 + plan.seeds // (2 if name in BY_Q else 1)):
+            flags = f"{of.flags} {more}"
+            seeds.append(Cell(name, flags, of.width, middle, of.rate, seed, plan.kept))
+    per_arm: dict[str, list[list[Path]]] = {}
+    for cell, runs in trained(config, seeds, config.listen).items():
+        per_arm.setdefault(cell.arm, []).append(runs)
+    kinds = list(_read(per_arm["F"][0][0], "trials"))
+    primary = UNHEARD if UNHEARD in kinds else kinds[0]
+    tests = {arm: contrast(per_arm["F"], per_arm[arm], primary) for arm in ("H", "H16", "D")}
+    rows: list = [["arm", "width", "learning rate", "training FLOPs", "nats per frame", ""]]
+    for c, n in nats.items():
+        least = "least" if best[c.arm, c.flops] == c else ""
+        rows.append([c.arm, c.width, f"{_lr(c):.2g}", f"{c.flops:.2g}", f"{n:.2f}", least])
+    parts = table(rows), results(per_arm, kinds, config.listen), verdict(tests, primary)
+    text = "\n\n".join(parts)
+    (config.out / "tables.md").write_text(text + "\n")
+    print(text)
+    dots = {arm: [(c.flops / 1e12, n) for c, n in nats.items() if c.arm == arm] for arm in ARMS}
+    lowest = {arm: [(f / 1e12, nats[best[arm, f]]) for f in flops] for arm in ARMS}
+    svg = plot("training, TFLOP", "held-out nats per frame", lowest, dots)
+    (config.out / "flops.svg").write_text(svg)
+    point = lambda run: (nats_per_frame(run, primary), consistency(run, primary)["d_prime"])
+    dots = {arm: [point(run) for runs in per_arm[arm] for run in runs] for arm in (*ARMS, *H16)}
+    svg = plot("held-out nats per frame", f"d', {primary}", {}, dots)
+    (config.out / "consistency.svg").write_text(svg)
+
+
+def tune(config: CompareConfig, plan: Plan, arm: str, flops: float) -> float:
+    """The best rate of the grid, which grows until the best is not at an edge."""
+    rates, loss = list(plan.rates), {}
+    while len(rates) > 1:
+        cells = [
+            Cell("tune", ARMS[arm], width, flops, rate)
+            for rate in rates
+            for width in plan.widths[arm][:4:2]
+        ]
+        for cell, runs in trained(config, cells).items():
+            lines = (runs[-1] / "log.jsonl").read_text().splitlines()
+            last = [v for line in lines if (v := json.loads(line).get("validation"))][-1]
+            loss.setdefault(cell.rate, {})[cell.width] = last["nats_per_frame"]
+        best = min(rates, key=lambda rate: mean(loss[rate].values()))
+        if best not in (rates[0], rates[-1]):
+            return best
+        rates = [rates[0] / 2, *rates] if best == rates[0] else [*rates, 2 * rates[-1]]
+    return rates[0]
+
+
+def trained(config: CompareConfig, cells: Sequence[Cell], listen: bool = False) -> dict:
+    """Of each cell, the evaluated run folders along the training; the last is the run's own."""
     with ThreadPoolExecutor(config.jobs) as pool:
-        runs = list(tqdm(pool.map(train_and_evaluate, *zip(*jobs)), total=len(jobs), unit="run"))
-    results, flops = {}, {}  # flops: millions for training one frame, forward and backward
-    for name, *seeds in zip(MODELS, *(runs[i :: config.seeds] for i in range(config.seeds))):
-        results[name] = [json.loads((run / "evaluation.json").read_text()) for run in seeds]
-        model, _ = checkpoint.load(seeds[0])
-        tokens = torch.zeros(1, (model.max_frames + 1) * model.num_codebooks, dtype=torch.long)
-        flops[name] = training_flops(model, tokens) / model.max_frames / 1e6
-    print(table(results, flops))
-    # A dot is a run.
-    point = lambda run: (run["held_out"]["nats_per_frame"], run["consistency"]["margin"])
-    series = {name: [point(run) for run in results[name]] for name in COMPARISON}
-    svg = plot("held-out nats per frame", "voice margin, nats per token", series, lines=False)
-    (config.out / "compare.svg").write_text(svg)
+        work = pool.map(functools.partial(_run, config, listen), cells)
+        return dict(zip(cells, tqdm(work, total=len(cells), unit="run")))
 
 
-def train_and_evaluate(config: CompareConfig, name: str, seed: int) -> Path:
-    """The run folder, after what is missing of training and evaluation."""
-    run = config.out / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{seed}"
-    if (run / "evaluation.json").exists():
-        return run
-    new = f"--data {config.data} --seed {seed} --max_steps {config.max_steps} {MODELS[name]}"
-    flags = "--resume" if (run / "run.json").exists() else new
+def _run(config: CompareConfig, listen: bool, cell: Cell) -> list[Path]:
+    """Train, evaluate and listen, as far as it has not been done."""
+    data = config.tune_data if cell.arm == "tune" else config.data
+    flags = f"--data {data} {cell.flags} --n_embd {cell.width} --lr {_lr(cell):.3g} --dtype float32"
+    steps = max(2, round(cell.flops / flops_per_step(flags)))
+    kept = f" --keep_every {math.ceil(steps / cell.kept)}" if cell.kept else ""
+    name = f"{cell.arm} {cell.flags} {cell.width} {cell.flops:.1e} {cell.rate:.1e} {cell.seed}"
+    run = config.out / re.sub("[^A-Za-z0-9.]+", "-", name)
+    new = not (run / "run.json").exists()
+    if new or checkpoint.read(run)["step"] < steps:
+        flags += f" --seed {cell.seed} --max_steps {steps}{kept}"
+        _execute(config, run, f"train.py --out {run} {flags if new else '--resume'}")
+    if cell.arm == "tune":
+        return [run]
+    step = lambda folder: int(folder.name.removeprefix("step-"))
+    # The last of the kept models may be the run itself.
+    runs = [*(r for r in sorted(run.glob("step-*"), key=step) if step(r) < steps), run]
+    for folder in runs:
+        if not (folder / "evaluation.json").exists():
+            words = f"-m nanomimi.evaluate --run {folder} --trials {config.trials}"
+            _execute(config, run, words)
+    if listen and not (run / "listen.json").exists():
+        some = max(1, config.trials // 8)  # generating takes longer than scoring
+        _execute(config, run, f"-m nanomimi.tiny.listen --run {run} --trials {some}")
+    return runs
+
+
+def _execute(config: CompareConfig, run: Path, words: str) -> None:
+    tqdm.write(f"python {words}")
     env = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // config.jobs))}
-    for words in (f"train.py --out {run} {flags}", f"-m nanomimi.evaluate --run {run}"):
-        tqdm.write(f"python {words}")
-        with open(run.with_suffix(".log"), "a") as log:
-            command = [sys.executable, *words.split()]
-            if subprocess.run(command, stdout=log, stderr=log, env=env).returncode:
-                raise ValueError(f"python {words} failed; see {log.name}")
-    return run
+    run.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{run}.log", "a") as log:
+        command = [sys.executable, *words.split()]
+        if subprocess.run(command, stdout=log, stderr=log, env=env).returncode:
+            raise ValueError(f"python {words} failed; see {log.name}")
 
 
-def table(results: dict[str, list[dict]], flops: dict[str, float]) -> str:
-    """Markdown: mean ± standard deviation over the seeds, or the number of a single seed."""
-    head = "model | parameters | MFLOP per frame | nats per frame | by codebook | voice % | margin"
-    rows = [head, "|".join(["---"] * 7)]
-    show = lambda xs, digits: " ± ".join(f"{f(xs):.{digits}f}" for f in (mean, stdev)[: len(xs)])
-    for name, runs in results.items():
-        of = lambda part, key: [run[part][key] for run in runs]
-        cells = [name, f"{runs[0]['parameters'] / 1e6:.2f}M", f"{flops[name]:.0f}"]
-        by_codebook = (f"{mean(q):.2f}" for q in zip(*of("held_out", "nats_per_codebook")))
-        cells += [show(of("held_out", "nats_per_frame"), 2), " ".join(by_codebook)]
-        cells += [show([100 * share for share in of("consistency", "accuracy")], 0)]
-        rows.append(" | ".join([*cells, show(of("consistency", "margin"), 3)]))
-    return "\n".join(f"| {row} |" for row in rows)
+@functools.cache
+def flops_per_step(flags: str) -> float:
+    """Forward and backward, two per multiply-add, attention in full."""
+    config = parse(TrainConfig, flags.split())
+    meta = TokenDataset(config.data, "train", config.num_codebooks).meta
+    model = checkpoint.build(describe(config, meta, torch.float32)["model"]).train()
+    tokens = torch.zeros(1, (model.max_frames + 1) * model.num_codebooks, dtype=torch.long)
+    return config.batch_size * config.grad_accum * training_flops(model, tokens)
+
+
+def _lr(cell: Cell) -> float:
+    return cell.rate * 192 / cell.width
+
+
+def _read(run: Path, name: str) -> dict[str, Any]:
+    return json.loads((run / f"{name}.json").read_text())
+
+
+def consistency(run: Path, kind: str) -> dict[str, Any]:
+    return _read(run, "evaluation")["consistency"][kind]
+
+
+def table(rows: Sequence[Sequence[Any]]) -> str:
+    head, *body = ("| " + " | ".join(map(str, row)) + " |" for row in rows)
+    return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
+
+
+def results(per_arm: dict[str, list[list[Path]]], kinds: Sequence[str], listen: bool) -> str:
+    """Mean ± standard deviation over the seeds of step 3."""
+    columns: dict[str, Callable[[Path], float]] = {
+        "M parameters": lambda run: _read(run, "evaluation")["parameters"] / 1e6
+    }
+    for kind in kinds:
+        columns[f"nats per frame, {kind}"] = functools.partial(nats_per_frame, kind=kind)
+        for name in ("d_prime", "accuracy", "margin"):
+            columns[f"{name}, {kind}"] = lambda run, k=kind, n=name: consistency(run, k)[n]
+    for key in _read(per_arm["F"][0][-1], "listen") if listen else ():
+        columns[f"generated: {key}"] = lambda run, k=key: _read(run, "listen")[k][0]
+    rows = [["arm", "seeds", *columns]]
+    for arm, seeds in per_arm.items():
+        values = [[of(runs[-1]) for runs in seeds] for of in columns.values()]
+        show = lambda xs: " ± ".join(f"{f(xs):.2f}" for f in (mean, stdev)[: len(xs)])
+        rows.append([arm, len(seeds), *map(show, values)])
+    return table(rows)
+
+
+def verdict(tests: dict[str, dict[str, Any]], kind: str) -> str:
+    p = holm({arm: test["p"] for arm, test in tests.items()})
+    within = f"equal within {EQUIVALENT}"
+    rows = [[f"d' at equal nats, {kind}", "difference", "95% interval", "p, Holm", within]]
+    for arm, test in tests.items():
+        low, high = test["interval_90"]
+        equal = "yes" if -EQUIVALENT < low and high < EQUIVALENT else "no"
+        interval = "{:.2f} to {:.2f}".format(*test["interval"])
+        rows.append([f"F - {arm}", f"{test['difference']:.2f}", interval, f"{p[arm]:.3f}", equal])
+    return table(rows)
 
 
 if __name__ == "__main__":

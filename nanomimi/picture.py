@@ -17,7 +17,7 @@ from nanomimi.config import Config, option, run_script
 from nanomimi.sampling import make_sampler
 from nanomimi.tiny import digits, listen
 
-COLOURS = ("#d95f02", "#1b9e77", "#7570b3")  # told apart by colour-blind readers too
+COLOURS = ("#d95f02", "#1b9e77", "#7570b3", "#e7298a")  # told apart by colour-blind readers too
 SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d 320">
 <style>text{font:13px system-ui,sans-serif;fill:#1f2328}path{fill:none;stroke:#1f2328}
 @media(prefers-color-scheme:dark){text{fill:#e6edf3}path{stroke:#e6edf3}}</style>%s</svg>
@@ -30,20 +30,23 @@ class PictureConfig(Config):
     out: Path = option(Path("."), "folder for training.svg and continuation.svg")
 
 
-def plot(x_label: str, y_label: str, series: dict[str, list], lines: bool = True) -> str:
-    """A plot with a legend: the (x, y) of each name as a line or as dots; y includes zero."""
-    x, y = np.array(sum(series.values(), [])).T
-    low, high = np.array([(x.min(), min(0, y.min())), (x.max(), y.max())])
+def plot(x_label: str, y_label: str, lines: dict[str, list], dots: dict[str, list] = {}) -> str:
+    """A plot with a legend: the (x, y) of each name as a line, as dots or as both."""
+    x, y = np.array(sum([*lines.values(), *dots.values()], [])).T
+    low, high = np.array([(x.min(), y.min() if dots else 0), (x.max(), y.max())])
     place = lambda xy: (60, 270) + (xy - low) / (high - low).clip(1e-9) * (320, -210)
     svg = f"""<path d="M60,60 V270 H380"/><text y="44">{y_label}</text><g text-anchor="end">
 <text x="60" y="290">{low[0]:.4g}</text><text x="54" y="275">{low[1]:.4g}</text>
 <text x="380" y="290">{high[0]:.4g}</text><text x="54" y="65">{high[1]:.4g}</text>
 <text x="380" y="310">{x_label}</text></g>\n"""
-    link, width = (" L", 2) if lines else ("h0 M", 10)  # without length, a round end is a dot
-    for i, ((name, points), colour) in enumerate(zip(series.items(), COLOURS)):
-        path = link.join(f"{x:.1f},{y:.1f}" for x, y in place(points))
-        svg += f"""<text x="195" y="{16 * i + 14}" style="fill:{colour}">{name}</text>
-<path d="M{path}h0" style="stroke:{colour};stroke-width:{width};stroke-linecap:round"/>\n"""
+    for i, (name, colour) in enumerate(zip({**lines, **dots}, COLOURS)):
+        svg += f'<text x="195" y="{16 * i + 14}" style="fill:{colour}">{name}</text>\n'
+        # A line without length has round ends: a dot.
+        for points, link, width in ((lines, " L", 2), (dots, "h0 M", 8)):
+            if name in points:
+                path = link.join(f"{x:.1f},{y:.1f}" for x, y in place(points[name]))
+                style = f"stroke:{colour};stroke-width:{width};stroke-linecap:round"
+                svg += f'<path d="M{path}h0" style="{style}"/>\n'
     return SVG % (400, svg)
 
 
@@ -67,7 +70,7 @@ def draw(config: PictureConfig) -> None:
     (config.out / "training.svg").write_text(plot("training steps", "bit/s of audio", series))
     model, run = checkpoint.load(config.run)
     codec = Codec.load(run["data"]["codec"], model.num_codebooks)
-    wav = read_audio(digits.FOLDER / "diana.ogg", codec.sample_rate, max_seconds=2.0)
+    wav = read_audio(digits.FOLDER / "slt.ogg", codec.sample_rate, max_seconds=2.0)
     prompt, new = listen.continue_wav(model, codec, wav, make_sampler(temperature=0.8, top_k=30))
     codes = torch.cat([prompt, new], dim=2)
     png = base64.b64encode(spectrogram(codec.decode(codes)[0, 0], codec.frame_size // 6)).decode()

@@ -76,7 +76,7 @@ def make_world(folder: Path) -> None:
         Path(f"audio/{'ab'[i % 2]}").mkdir(parents=True, exist_ok=True)
         write_wav(Path(f"audio/{'ab'[i % 2]}/{i}.wav"), tone(0.9 + i / 10, 24000, 200 + 90 * i), 24000)
     sphn.write_opus("audio/a/6.opus", tone(0.9, 24000), 24000)
-    shutil.copy(train_codec.digits.FOLDER / "diana.ogg", "audio/b/7.ogg")
+    shutil.copy(train_codec.digits.FOLDER / "slt.ogg", "audio/b/7.ogg")
     for line in (
         COMMANDS["again"],
         COMMANDS["train"].replace("run2", "run").replace("max_steps 1", "max_steps 2"),

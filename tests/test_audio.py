@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import sphn
 
-from nanomimi.audio import audio_files, read_audio, resample, write_wav
+from nanomimi.audio import audio_files, read_audio, resample, trim_silence, write_wav
 from tests.conftest import pcm_wav, tone
 
 RATE = 24000
@@ -37,6 +37,18 @@ def test_resampling_keeps_length_and_time(source):
     out = resample(tone(2.0, source), source, RATE)
     assert len(out) == 2 * RATE
     assert np.abs(out - tone(2.0, RATE))[1000:-1000].max() < 0.02
+
+
+def test_a_recording_is_trimmed_to_its_sounds():
+    soft = 0.1 * tone(0.3, RATE)  # a consonant
+    sound = np.concatenate([soft, tone(0.5, RATE, hz=200)])
+    noise = 1e-3 * np.random.default_rng(0).standard_normal(2 * RATE).astype(np.float32)
+    wav = trim_silence(np.concatenate([noise, sound, noise]), RATE)
+    assert len(wav) / RATE == pytest.approx(0.2 + 0.8 + 0.2, abs=0.02)
+    assert np.sqrt((wav[-9600:-7200] ** 2).mean()) == pytest.approx(0.2, rel=0.01)
+    assert len(trim_silence(sound, RATE)) / RATE == pytest.approx(1.2, abs=0.02)
+    assert len(trim_silence(np.zeros(RATE, np.float32), RATE)) == 0
+    assert len(trim_silence(0.1 * noise, RATE)) == 0
 
 
 def test_unreadable_files_say_what_is_wrong(tmp_path):

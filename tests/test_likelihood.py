@@ -6,7 +6,8 @@ import torch
 
 from nanomimi.checkpoint import MODELS
 from nanomimi.data import TokenDataset
-from nanomimi.evaluate.likelihood import Trial, bootstrap, held_out, score, prefix_swap, windows
+from nanomimi.evaluate.likelihood import Trial, d_prime, held_out, prefix_swap, score, summary
+from nanomimi.evaluate.likelihood import windows
 from nanomimi.tokens import flatten
 from tests.conftest import small_model
 
@@ -66,18 +67,27 @@ def trials(count: int) -> list[Trial]:
 
 
 def familiar(own: float, other: float, pieces):
-    """A model that gives the second codebook `own` nats where a frame is like the first frame."""
+    """A model that gives the second codebook `own` nats where a frame is like the prefix's."""
     for codes, first in pieces:
-        alike = (codes[1, first:] == codes[1, 0]).double()
+        alike = (codes[1, first:] == codes[1, 1]).double()
         yield torch.stack([torch.ones_like(alike), alike * own + (1 - alike) * other], dim=1)
+
+
+END = torch.full((2, 1), 99)
+
+
+def swap(scorer, count: int, longest: int = 5) -> dict:
+    chosen = trials(count)
+    d = prefix_swap(scorer, chosen, longest, END)
+    return summary(d, [trial.groups for trial in chosen], seed=0)
 
 
 def test_a_prefix_swap_is_right_where_the_model_prefers_its_own_group():
     for own, other, accuracy in ((1.0, 1.5, 1.0), (1.5, 1.0, 0.0), (1.0, 1.0, 0.5)):
-        result = prefix_swap(partial(familiar, own, other), trials(40), 5, 0)
-        assert result["accuracy"] == accuracy and result["interval"] == [accuracy] * 2
+        result = swap(partial(familiar, own, other), 40)
+        assert result["accuracy"] == accuracy and result["accuracy_interval"] == [accuracy] * 2
         assert result["margin_per_codebook"] == [0.0, 2 * (other - own)]
-        assert result["margin"] == other - own
+        assert result["margin"] == 2 * (other - own)
         assert result["trials"] == 40 and result["groups"] == 4
 
 
@@ -89,28 +99,51 @@ def test_a_suffix_is_compared_with_itself_at_the_same_place():
             seen.append((codes, first))
             yield torch.zeros(codes.shape[1] - first, 2)
 
-    prefix_swap(scorer, trials(10), 4, 0)
+    swap(scorer, 10, 4)
     for i in range(0, 40, 4):
         assert len({(first, codes.shape[1]) for codes, first in seen[i : i + 4]}) == 1
         first = seen[i][1]
         suffixes = [codes[:, first:] for codes, _ in seen[i : i + 4]]
-        prefixes = [codes[:, :first] for codes, _ in seen[i : i + 4]]
+        prefixes = [codes[:, : first - 1] for codes, _ in seen[i : i + 4]]
         assert torch.equal(suffixes[0], suffixes[1]) and torch.equal(suffixes[2], suffixes[3])
         assert torch.equal(prefixes[0], prefixes[3]) and torch.equal(prefixes[1], prefixes[2])
-        assert first <= 4 and suffixes[0].shape[1] <= 4
+        assert first <= 4 + 2 and suffixes[0].shape[1] <= 4
+        # As in training, a separator stands before every utterance, and nowhere else.
+        for codes, _ in seen[i : i + 4]:
+            assert (codes == 99).all(dim=0).nonzero().flatten().tolist() == [0, first - 1]
+
+
+def test_d_prime_is_the_mean_over_the_standard_deviation_whatever_the_scale():
+    d = np.random.default_rng(0).normal(0.5, 2, size=100_000)
+    assert d_prime(d) == pytest.approx(0.25, abs=0.01)
+    assert d_prime(7 * d) == pytest.approx(d_prime(d)) and d_prime(-d) == pytest.approx(-d_prime(d))
+    weights = np.array([[1] * 50_000 + [0] * 50_000, [2] * 100_000])
+    assert d_prime(d, weights) == pytest.approx([d_prime(d[:50_000]), d_prime(d)])
 
 
 def test_the_bootstrap_over_single_trials_is_the_binomial_interval():
-    right = (np.arange(400) % 4 > 0).astype(float)  # 75%
-    low, high = bootstrap(right, [(str(i),) for i in range(400)], seed=0)
+    right = np.where(np.arange(400) % 4 > 0, 1.0, -1.0)[:, None]  # 75%
+    groups = [(str(i),) for i in range(400)]
+    result = summary(right, groups, seed=0)
     error = 1.96 * np.sqrt(0.75 * 0.25 / 400)
-    assert (low, high) == pytest.approx((0.75 - error, 0.75 + error), abs=0.01)
-    assert [low, high] == bootstrap(right, [(str(i),) for i in range(400)], seed=0)
+    assert result["accuracy_interval"] == pytest.approx([0.75 - error, 0.75 + error], abs=0.01)
+    assert result == summary(right, groups, seed=0)
 
 
 def test_the_bootstrap_resamples_groups_as_a_whole():
     # All trials of a group agree, so 400 trials are worth no more than 20.
-    right = np.repeat(np.arange(20) % 4 > 0, 20).astype(float)
-    low, high = bootstrap(right, [(str(i // 20),) for i in range(400)], seed=0)
+    right = np.where(np.repeat(np.arange(20) % 4 > 0, 20), 1.0, -1.0)[:, None]
+    result = summary(right, [(str(i // 20),) for i in range(400)], seed=0)
     error = 1.96 * np.sqrt(0.75 * 0.25 / 20)
-    assert (low, high) == pytest.approx((0.75 - error, 0.75 + error), abs=0.05)
+    assert result["accuracy_interval"] == pytest.approx([0.75 - error, 0.75 + error], abs=0.05)
+
+
+def test_the_interval_of_d_prime_covers_the_truth():
+    """Voices differ in d, and trials of a voice in little: resampling trials would cover less."""
+    rng, inside = np.random.default_rng(0), 0
+    groups = [(str(i // 10),) for i in range(300)]
+    for _ in range(60):
+        d = (np.repeat(rng.normal(1, 1, 30), 10) + rng.normal(0, 0.3, 300))[:, None]
+        low, high = summary(d, groups, seed=0)["d_prime_interval"]
+        inside += low <= 1 / np.hypot(1, 0.3) <= high
+    assert inside >= 51  # 95%, less four standard errors

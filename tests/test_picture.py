@@ -14,7 +14,7 @@ from nanomimi.picture import PictureConfig, draw, plot, spectrogram
 
 
 def test_a_plot_places_every_point_in_proportion():
-    svg = plot("x", "y", {"a": [(0, 0), (5, 2), (10, 4)]}, lines=False)
+    svg = plot("x", "y", {}, {"a": [(0, 0), (5, 2), (10, 4)]})
     ElementTree.fromstring(svg)
     x, y = zip(*(map(float, dot) for dot in re.findall(r"M([\d.]+),([\d.]+)h0", svg)))
     assert x[1] - x[0] == x[2] - x[1] > 0 and y[0] - y[1] == y[1] - y[2] > 0

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from nanomimi.codec import Codec
-from prepare import Recording, encode_all
+from nanomimi.tiny import digits
+from prepare import PrepareConfig, Recording, describe, encode_all
 
 
 @pytest.fixture
@@ -58,3 +59,15 @@ def test_the_number_of_threads_is_restored(recordings, random_codec):
     list(encode_all(iter(recordings[:1]), random_codec))
     assert torch.get_num_threads() == 2
     torch.set_num_threads(before)
+
+
+def test_composed_data_depend_on_the_clips_and_other_data_do_not(
+    random_codec, tmp_path, monkeypatch
+):
+    config, file = PrepareConfig(), tmp_path / "a.wav"
+    file.write_bytes(b"audio")
+    composed, recorded = (describe(config, files, random_codec) for files in ([], [file]))
+    (tmp_path / "index.csv").write_text("voice,take,digit,start,length\n")
+    monkeypatch.setattr(digits, "FOLDER", tmp_path)
+    assert describe(config, [], random_codec) != composed
+    assert describe(config, [file], random_codec) == recorded

@@ -35,13 +35,13 @@ CONFIGS = {
 }
 CODE = sorted([*ROOT.glob("*.py"), *ROOT.glob("nanomimi/**/*.py")])
 CEILINGS = {  # lines, comments included
-    "prepare.py": 168,
-    "train.py": 268,
-    "sample.py": 125,
+    "prepare.py": 174,
+    "train.py": 272,
+    "sample.py": 130,
     "nanomimi/__init__.py": 35,
     "nanomimi/files.py": 129,
     "nanomimi/writer.py": 119,
-    "nanomimi/audio.py": 100,
+    "nanomimi/audio.py": 110,
     "nanomimi/codec.py": 182,
     "nanomimi/tokens.py": 70,
     "nanomimi/data.py": 150,
@@ -56,15 +56,17 @@ CEILINGS = {  # lines, comments included
     "nanomimi/config.py": 95,
     "nanomimi/weights.py": 160,
     "nanomimi/distributed.py": 90,
-    "nanomimi/evaluate/__main__.py": 99,
-    "nanomimi/evaluate/likelihood.py": 106,
+    "nanomimi/evaluate/__main__.py": 125,
+    "nanomimi/evaluate/likelihood.py": 133,
+    "nanomimi/evaluate/contrast.py": 69,
     "nanomimi/evaluate/pairs.py": 70,
     "nanomimi/bench.py": 204,
-    "nanomimi/compare.py": 95,
-    "nanomimi/picture.py": 86,
-    "nanomimi/tiny/digits.py": 80,
-    "nanomimi/tiny/listen.py": 104,
-    "nanomimi/tiny/train_codec.py": 261,
+    "nanomimi/compare.py": 263,
+    "nanomimi/picture.py": 89,
+    "nanomimi/tiny/digits.py": 135,
+    "nanomimi/tiny/sound.py": 135,
+    "nanomimi/tiny/listen.py": 110,
+    "nanomimi/tiny/train_codec.py": 235,
 }
 IDEA = "tokens data llama lm decode flat hierarchical sampling".split()
 
@@ -79,7 +81,7 @@ def test_no_file_is_longer_than_its_ceiling_and_the_whole_is_read_in_an_evening(
     assert set(sizes) - small <= set(CEILINGS)
     over = {name: sizes[name] for name, ceiling in CEILINGS.items() if sizes[name] > ceiling}
     assert not over
-    assert sum(sizes.values()) <= 3700
+    assert sum(sizes.values()) <= 4200
     assert sizes["train.py"] + sum(sizes[f"nanomimi/{name}.py"] for name in IDEA) <= 1200
     assert len(README.splitlines()) <= 200
 

@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from nanomimi import TokenDataset, checkpoint
+from nanomimi import Codec, TokenDataset, checkpoint
 from nanomimi.audio import STDOUT, read_audio, write_wav
 from nanomimi.evaluate.__main__ import EvaluateConfig, evaluate
+from nanomimi.tiny import digits
 from prepare import PrepareConfig, prepare
-from sample import SampleConfig, sample
+from sample import SampleConfig, encode_prompt, sample
 from tests.conftest import tone
 from train import TrainConfig, train
 
 ROOT = Path(__file__).parent.parent
-DIANA = ROOT / "nanomimi" / "tiny" / "digits" / "diana.ogg"
+SLT = ROOT / "nanomimi" / "tiny" / "digits" / "slt.ogg"
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +42,7 @@ def wav_of(path: Path) -> tuple[int, int]:
 
 
 def test_prepare_train_and_sample_end_in_audio(story, tmp_path):
-    flags = dict(prompt=DIANA, prompt_seconds=1.0, seconds=1.6, num_samples=3, device="cpu")
+    flags = dict(prompt=SLT, prompt_seconds=1.0, seconds=1.6, num_samples=3, device="cpu")
     paths = sample(SampleConfig(run=story / "run", out=tmp_path, **flags))
     assert len(paths) == 3
     for path in paths:
@@ -49,12 +50,14 @@ def test_prepare_train_and_sample_end_in_audio(story, tmp_path):
         assert rate == 24000 and 0.96 * rate <= samples <= (0.96 + 1.6) * rate
         assert np.abs(read_audio(path, rate)).max() > 0.01
     assert {line["split"] for line in utterances(story / "data")} == {"train", "val"}
+    kinds = {line["file"].split(":")[0] for line in utterances(story / "data")}
+    assert kinds == {digits.TRAIN, digits.KNOWN, digits.UNHEARD}
 
 
 def test_a_hierarchical_run_goes_through_the_same_scripts(story, tmp_path):
     flags = dict(max_steps=2, max_frames=40, n_layer=1, n_embd=32, device="cpu")
     train(TrainConfig(data=(story / "data",), out=tmp_path / "run", arch="hierarchical", **flags))
-    flags = dict(prompt=DIANA, prompt_seconds=1.0, seconds=4, device="cpu")
+    flags = dict(prompt=SLT, prompt_seconds=1.0, seconds=4, device="cpu")
     paths = sample(SampleConfig(run=tmp_path / "run", out=tmp_path, **flags))
     assert len(paths) == 4 and all(wav_of(path)[1] >= 0.96 * 24000 for path in paths)
 
@@ -67,6 +70,19 @@ def test_samples_repeat_with_the_seed_and_change_with_it(story, tmp_path):
     assert bytes_of("a", seed=1) == bytes_of("b", seed=1) != bytes_of("c", seed=2)
 
 
+def test_a_prompts_level_and_leading_silence_change_nothing(story, tmp_path):
+    model, _ = checkpoint.load(story / "run")
+    codec, clip = Codec.load("tiny", model.num_codebooks), read_audio(SLT, 24000, max_seconds=2.0)
+    codes = []
+    for gain, silence in ((1.0, 0), (0.5, 0), (1.0, 12345), (0.25, 54321)):
+        write_wav(tmp_path / "me.wav", gain * np.pad(clip, (silence, 0)), 24000)
+        config = SampleConfig(prompt=tmp_path / "me.wav", prompt_seconds=1.5)
+        codes.append(encode_prompt(config, codec, model))
+    assert codes[0].shape[2] == 1 + 18  # a separator, and whole frames
+    assert all((each == codes[0]).float().mean() > 0.97 for each in codes)  # of 16 bits each
+    assert torch.equal(codes[0], codes[2])
+
+
 def samples_of(path: Path) -> np.ndarray:
     with wave.open(str(path)) as file:
         return np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(int)
@@ -77,7 +93,7 @@ def lasting(story, tmp_path_factory) -> tuple[SampleConfig, list[Path]]:
     """Samples longer than the context, of which some end before the others."""
     draws = dict(num_samples=8, temperature=2.0, top_k=0, seconds=6, device="cpu")
     out = tmp_path_factory.mktemp("lasting")
-    config = SampleConfig(run=story / "run", prompt=DIANA, prompt_seconds=0.5, out=out, **draws)
+    config = SampleConfig(run=story / "run", prompt=SLT, prompt_seconds=0.5, out=out, **draws)
     return config, sample(config)
 
 
@@ -192,6 +208,7 @@ def wrong(tmp_path_factory, story) -> dict[str, Path]:
     (folder / "foreign" / "meta.json").write_text('{"vocab_size": 65}')
     (folder / "file").write_text("a file, no folder")
     write_wav(folder / "short.wav", tone(0.01, 24000), 24000)
+    write_wav(folder / "silent.wav", np.zeros(24000, np.float32), 24000)
     return {"folder": folder, "story": story}
 
 
@@ -216,7 +233,7 @@ def wrong(tmp_path_factory, story) -> dict[str, Path]:
         ),
         ("prepare.py --val_fraction 0 --out {folder}/d", "--val_fraction must be above 0"),
         ("prepare.py --hours 0.001 --out {folder}/file/d", "Not a directory"),
-        ("prepare.py --hours 0.001 --out {folder}/d", "nothing was prepared"),
+        ("prepare.py --hours 0.0001 --out {folder}/d", "nothing was prepared"),
         ("train.py --data {folder}/nowhere --out {folder}/r", "run python prepare.py"),
         ("train.py --data {folder}/foreign --out {folder}/r", "of another format"),
         (
@@ -254,11 +271,12 @@ def wrong(tmp_path_factory, story) -> dict[str, Path]:
         ("sample.py --run {story}/run --prompt {folder}/nowhere.wav", "does not exist"),
         ("sample.py --run {story}/run --prompt {folder}/text/0.wav", "cannot be read as audio"),
         (
-            "sample.py --run {story}/run --prompt {folder}/short.wav --out {folder}/s",
+            "sample.py --run {story}/run --prompt {slt} --prompt_seconds 0.05 --out {folder}/s",
             "shorter than a frame",
         ),
+        ("sample.py --run {story}/run --prompt {folder}/silent.wav --out {folder}/s", "silent or"),
         (
-            "sample.py --run {story}/run --prompt {diana} --prompt_seconds 9 --out {folder}/s",
+            "sample.py --run {story}/run --prompt {slt} --prompt_seconds 9 --out {folder}/s",
             "longer than the model's context",
         ),
         ("sample.py --run {story}/run --temperature -1", "--temperature must be at least 0"),
@@ -281,7 +299,7 @@ def test_a_mistake_gets_one_line_that_says_what_to_do(
     import train as train_script
     from nanomimi.config import run_script
 
-    name, *argv = command.format(**wrong, diana=DIANA, mimi=random_mimi).split()
+    name, *argv = command.format(**wrong, slt=SLT, mimi=random_mimi).split()
     parts = {
         "prepare.py": (PrepareConfig, prepare_script.prepare),
         "train.py": (TrainConfig, train_script.main),

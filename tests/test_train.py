@@ -106,6 +106,15 @@ def same_training(launched: list[subprocess.Popen], config: TrainConfig, two: Pa
     assert abs(lines[-1]["validation"]["nats_per_token"] - one["nats_per_token"]) < 1e-4
 
 
+def test_kept_models_are_runs_of_their_step(config):
+    train(replace(config, keep_every=4))
+    assert {path.name for path in config.out.glob("step-*")} == {"step-4", "step-8", "step-12"}
+    for step, folder in ((4, config.out / "step-4"), (12, config.out)):
+        assert checkpoint.load(folder)[1]["step"] == step
+    assert same(weights(config.out), weights(config.out / "step-12"))
+    assert not same(weights(config.out), weights(config.out / "step-4"))
+
+
 @pytest.mark.parametrize("arch", ["flat", "hierarchical"])
 def test_two_processes_train_as_one(arch, random_data, tmp_path):
     """Flat on two machines: two launchers that meet at an address. Hierarchical on one."""

@@ -1,9 +1,11 @@
 """runs/NAME -> runs/NAME/evaluation.json, in float32: python -m nanomimi.evaluate --run runs/NAME
 
 Held-out likelihood, voice consistency by prefix swap, and --pairs of clips in SALMon's layout.
+trials.json keeps d of every trial, so that any other test can be made of them.
 """
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,8 +20,9 @@ from nanomimi.codec import Codec
 from nanomimi.config import Config, option, run_script
 from nanomimi.data import AGAIN, TokenDataset
 from nanomimi.distributed import resolve_device
-from nanomimi.evaluate.likelihood import Trial, held_out, prefix_swap, score
+from nanomimi.evaluate.likelihood import Trial, held_out, kind_of, prefix_swap, score, summary
 from nanomimi.evaluate.pairs import find_pairs, judge
+from nanomimi.tokens import separator
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise ValueError(f"{folders[0]} has another frame rate than its codec; {AGAIN}")
     pairs = find_pairs(config.pairs) if config.pairs else {}
     scorer = partial(score, model, config.batch_size)
-    # A prefix and a suffix together fill a window at most.
-    longest = min(max(1, round(config.clip_seconds * codec.frame_rate)), model.max_frames // 2)
-    trials = group_trials(data, config.trials, config.seed)
+    # Two separators, a prefix and a suffix: a window at most.
+    longest = round(config.clip_seconds * codec.frame_rate)
+    longest = min(max(1, longest), max(1, (model.max_frames - 1) // 2))
+    end, consistency, kept = separator(model.num_codebooks, model.codebook_size), {}, {}
+    for kind, trials in group_trials(data, config.trials, config.seed).items():
+        d, groups = prefix_swap(scorer, trials, longest, end), [trial.groups for trial in trials]
+        consistency[kind] = summary(d, groups, config.seed)
+        kept[kind] = {"groups": groups, "d": d.tolist()}
     results = {
         "arch": run["model"]["arch"],
         "step": run["step"],
@@ -59,30 +67,48 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "data": [str(folder) for folder in folders],
         "seed": config.seed,
         "held_out": held_out(scorer, data, model.max_frames),
-        "consistency": prefix_swap(scorer, trials, longest, config.seed),
+        "consistency": consistency,
         "pairs": judge(scorer, codec, pairs, model.max_frames),
     }
+    (config.run / "trials.json").write_text(json.dumps(kept) + "\n")
     (config.run / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")
     return results
 
 
-def group_trials(data: TokenDataset, count: int, seed: int) -> list[Trial]:
-    """Random clips of two groups, or of two files where under three groups have two utterances."""
-    groups, files = defaultdict(list), {}
+def group_trials(data: TokenDataset, count: int, seed: int) -> dict[str, list[Trial]]:
+    """Random clips of two groups, or of two files where under three groups have two utterances.
+
+    A file's name may end with the digits it says; then no word of a prefix is one of a suffix.
+    """
+    kinds: dict[str, dict] = {}
     for line in data.utterances():
+        groups, files = kinds.setdefault(kind_of(line["group"]), (defaultdict(list), {}))
         codes = data.codes(line["first_frame"], line["num_frames"])
-        groups[line["group"]].append(codes)
+        words = (re.findall(r" (\d+)$", line["file"]) or [""])[0]
+        groups[line["group"]].append((codes, words))
         if third := codes.shape[1] // 3:
             # Neighbouring thirds would join without a splice. Composed utterances may share a name.
             name = f"{line['file']} at frame {line['first_frame']}"
-            files[name] = [codes[:, :third], codes[:, -third:]]
+            files[name] = [(codes[:, :third], ""), (codes[:, -third:], "")]
+    return {kind: _trials(*both, count, seed, data) for kind, both in kinds.items()}
+
+
+def _trials(groups: dict, files: dict, count: int, seed: int, data: TokenDataset) -> list[Trial]:
     speakers = {name: clips for name, clips in groups.items() if len(clips) > 1}
     clips = speakers if len(speakers) > 2 else files
     if len(clips) < 2:
         raise ValueError(f"{data.folders[0]} has too few held-out utterances; hold out more")
-    rng, names = np.random.default_rng(seed), sorted(clips)
+    rng, names, trials = np.random.default_rng(seed), sorted(clips), []
     two = lambda items: [items[i] for i in rng.choice(len(items), 2, replace=False)]
-    return [Trial((two(clips[a]), two(clips[b])), (a, b)) for a, b in map(two, [names] * count)]
+    for _ in range(1000 * count):
+        a, b = two(names)
+        (a1, a2), (b1, b2) = two(clips[a]), two(clips[b])
+        # Prefixes are cut from the end and suffixes from the start, to four digits at most.
+        if not set(a1[1][-4:] + b1[1][-4:]) & set(a2[1][:4] + b2[1][:4]):
+            trials.append(Trial(((a1[0], a2[0]), (b1[0], b2[0])), (a, b)))
+        if len(trials) == count:
+            break
+    return trials
 
 
 def lines(results: dict[str, Any], prefix: str = "") -> Iterator[str]:

@@ -3,6 +3,7 @@
     FOLDER/PART/sample_<i>_<k>.wav     k ascending: first the positive, then the negative of pair i
 
 As in SALMon's official code, a clip's score is the mean over all its tokens; a tie counts half.
+Pairs that differ in words (sWUGGY, sBLIMP, StoryCloze) are also judged by codebook 0 alone.
 """
 
 import re
@@ -39,24 +40,30 @@ def find_pairs(folder: Path) -> Parts:
 
 
 def judge(scorer: Scorer, codec: Codec, parts: Parts, max_frames: int) -> dict[str, Any]:
-    """Per part, the share of pairs whose positive is likelier, and its standard error."""
+    """Per part, the share of pairs whose positive is likelier, and its standard error: by all
+    codebooks, and by codebook 0 alone.
+    """
     start = separator(codec.num_codebooks, codec.codebook_size)
 
-    def nats_per_token(path: Path) -> float:
+    def score(path: Path) -> list[float]:
         wav = torch.from_numpy(read_audio(path, codec.sample_rate)[None, None])  # (1, 1, S)
         codes = torch.cat([start, codec.encode(wav)[0].cpu()], dim=1)
         plan = windows(codes.shape[1], max_frames)
         pieces = ((codes[:, begin:stop], first - begin) for begin, first, stop in plan)
-        return torch.cat(list(scorer(pieces))).mean().item()
+        nats = torch.cat(list(scorer(pieces)))
+        return [nats.mean().item(), nats[:, 0].mean().item()]
 
     results = {}
     for part, pairs in parts.items():
         bar = tqdm(pairs, part, unit="pair")
-        nats = np.array([[nats_per_token(path) for path in pair] for pair in bar])
+        nats = np.array([[score(path) for path in pair] for pair in bar])  # (pairs, 2, 2)
         right = (np.sign(nats[:, 1] - nats[:, 0]) + 1) / 2
+        (whole, first), errors = right.mean(axis=0), right.std(axis=0) / np.sqrt(len(right))
         results[part] = {
-            "accuracy": right.mean().item(),
-            "standard_error": (right.std() / np.sqrt(len(right))).item(),
+            "accuracy": whole.item(),
+            "standard_error": errors[0].item(),
+            "accuracy_of_codebook_0": first.item(),
+            "standard_error_of_codebook_0": errors[1].item(),
             "pairs": len(right),
         }
     return results
