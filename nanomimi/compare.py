@@ -72,7 +72,7 @@ class CompareConfig(Config):
     data: Path = option(Path("data/digits"), "folder written by prepare.py")
     tune_data: Path = option(Path("data/tune"), "another one, for the learning rates")
     out: Path = option(Path("runs/compare"), "folder for the runs, the tables and the pictures")
-    budget: Literal["small", "full"] = option("small", "half an hour, or a night, on two cores")
+    budget: Literal["small", "full"] = option("small", "1e13 FLOPs a run, or up to 1.6e14")
     scale: float = option(1.0, "factor of all training FLOPs", above=0)
     trials: int = option(400, "trials of each prefix swap", at_least=1)
     listen: bool = option(True, "listen to generated digits")

@@ -63,7 +63,7 @@ CEILINGS = {  # lines, comments included
     "nanomimi/bench.py": 204,
     "nanomimi/compare.py": 263,
     "nanomimi/picture.py": 89,
-    "nanomimi/tiny/digits.py": 135,
+    "nanomimi/tiny/digits.py": 112,
     "nanomimi/tiny/sound.py": 135,
     "nanomimi/tiny/listen.py": 110,
     "nanomimi/tiny/train_codec.py": 235,
@@ -81,7 +81,7 @@ def test_no_file_is_longer_than_its_ceiling_and_the_whole_is_read_in_an_evening(
     assert set(sizes) - small <= set(CEILINGS)
     over = {name: sizes[name] for name, ceiling in CEILINGS.items() if sizes[name] > ceiling}
     assert not over
-    assert sum(sizes.values()) <= 4200
+    assert sum(sizes.values()) <= 4150
     assert sizes["train.py"] + sum(sizes[f"nanomimi/{name}.py"] for name in IDEA) <= 1200
     assert len(README.splitlines()) <= 200
 
