@@ -1,7 +1,7 @@
 """runs/NAME (+ a prompt) -> wav files.
 
     python sample.py                                            four samples of runs/digits
-    python sample.py --prompt nanomimi/tiny/digits/slt.ogg      count on in slt's voice
+    python sample.py --prompt nanomimi/tiny/digits/awb.ogg --prompt_seconds 2.2    count on
     python sample.py --stream --num_samples 1 --out - | aplay -f S16_LE -r 24000   listen live
 
 A wav holds the prompt and what follows, up to END or `seconds`, which may exceed the context.
