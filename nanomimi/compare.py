@@ -69,8 +69,8 @@ PLANS = {
 
 @dataclass(frozen=True)
 class CompareConfig(Config):
-    data: Path = option(Path("data/digits"), "folder written by prepare.py")
-    tune_data: Path = option(Path("data/tune"), "another one, for the learning rates")
+    data: tuple[Path, ...] = option((Path("data/digits"),), "folders written by prepare.py")
+    tune_data: tuple[Path, ...] = option((Path("data/tune"),), "others, for the learning rates")
     out: Path = option(Path("runs/compare"), "folder for the runs, the tables and the pictures")
     budget: Literal["small", "full"] = option("small", "1e13 FLOPs a run, or up to 1.6e14")
     scale: float = option(1.0, "factor of all training FLOPs", above=0)
@@ -110,9 +110,10 @@ def compare(config: CompareConfig) -> None:
     seeds = []
     for name, (arm, more) in ({arm: (arm, "") for arm in ARMS} | plan.variants).items():
         of = best[arm, middle]
-        for seed in range(1, 1 + plan.seeds // (2 if name in BY_Q else 1)):
-            flags = f"{of.flags} {more}"
-            seeds.append(Cell(name, flags, of.width, middle, of.rate, seed, plan.kept))
+        # By Q, likelihoods alone: half of the seeds, and no models along the training.
+        count, kept = (plan.seeds // 2, 0) if name in BY_Q else (plan.seeds, plan.kept)
+        for seed in range(1, 1 + count):
+            seeds.append(Cell(name, f"{of.flags} {more}", of.width, middle, of.rate, seed, kept))
     per_arm: dict[str, list[list[Path]]] = {}
     for cell, runs in trained(config, seeds, config.listen).items():
         per_arm.setdefault(cell.arm, []).append(runs)
@@ -167,7 +168,8 @@ def trained(config: CompareConfig, cells: Sequence[Cell], listen: bool = False) 
 def _run(config: CompareConfig, listen: bool, cell: Cell) -> list[Path]:
     """Train, evaluate and listen, as far as it has not been done."""
     data = config.tune_data if cell.arm == "tune" else config.data
-    flags = f"--data {data} {cell.flags} --n_embd {cell.width} --lr {_lr(cell):.3g} --dtype float32"
+    flags = f"--data {' '.join(map(str, data))} {cell.flags} --n_embd {cell.width}"
+    flags += f" --lr {_lr(cell):.3g} --dtype float32"
     steps = max(2, round(cell.flops / flops_per_step(flags)))
     kept = f" --keep_every {math.ceil(steps / cell.kept)}" if cell.kept else ""
     name = f"{cell.arm} {cell.flags} {cell.width} {cell.flops:.1e} {cell.rate:.1e} {cell.seed}"
@@ -181,11 +183,10 @@ def _run(config: CompareConfig, listen: bool, cell: Cell) -> list[Path]:
     step = lambda folder: int(folder.name.removeprefix("step-"))
     # The last of the kept models may be the run itself.
     runs = [*(r for r in sorted(run.glob("step-*"), key=step) if step(r) < steps), run]
-    for folder in runs:
-        if not (folder / "evaluation.json").exists():
-            words = f"-m nanomimi.evaluate --run {folder} --trials {config.trials}"
-            _execute(config, run, words)
-    if listen and not (run / "listen.json").exists():
+    if left := [str(r) for r in runs if not (r / "evaluation.json").exists()]:
+        words = f"-m nanomimi.evaluate --run {' '.join(left)} --trials {config.trials}"
+        _execute(config, run, words)
+    if listen and cell.kept and not (run / "listen.json").exists():
         some = max(1, config.trials // 8)  # generating takes longer than scoring
         _execute(config, run, f"-m nanomimi.tiny.listen --run {run} --trials {some}")
     return runs
@@ -237,8 +238,9 @@ def results(per_arm: dict[str, list[list[Path]]], kinds: Sequence[str], listen: 
         columns[f"nats per frame, {kind}"] = functools.partial(nats_per_frame, kind=kind)
         for name in ("d_prime", "accuracy", "margin"):
             columns[f"{name}, {kind}"] = lambda run, k=kind, n=name: consistency(run, k)[n]
+    heard = lambda run, k: _read(run, "listen")[k][0] if (run / "listen.json").exists() else math.nan
     for key in _read(per_arm["F"][0][-1], "listen") if listen else ():
-        columns[f"generated: {key}"] = lambda run, k=key: _read(run, "listen")[k][0]
+        columns[f"generated: {key}"] = functools.partial(heard, k=key)
     rows = [["arm", "seeds", *columns]]
     for arm, seeds in per_arm.items():
         values = [[of(runs[-1]) for runs in seeds] for of in columns.values()]

@@ -10,7 +10,8 @@ import pytest
 from nanomimi import compare as compare_module
 from nanomimi.compare import CompareConfig, Plan, compare
 from nanomimi.config import parse
-from nanomimi.evaluate.__main__ import EvaluateConfig, evaluate
+from nanomimi.evaluate.__main__ import EvaluateConfig
+from nanomimi.evaluate.__main__ import main as evaluate
 from nanomimi.evaluate.contrast import contrast, holm
 from train import TrainConfig, train
 
@@ -97,7 +98,7 @@ def test_the_plan_is_run_once_and_resumed(random_data, tmp_path, monkeypatch, ca
     plan = Plan((1e-3, 2e-3, 3e-3), widths, (2e8,), {**compare_module.H16, **q}, 2, 1)
     monkeypatch.setattr(compare_module, "_execute", execute)
     monkeypatch.setitem(compare_module.PLANS, "small", plan)
-    data = dict(data=random_data, tune_data=random_data, out=tmp_path / "out")
+    data = dict(data=(random_data,), tune_data=(random_data,), out=tmp_path / "out")
     config = CompareConfig(**data, trials=5, listen=False, jobs=1)
     compare(config)
     text = (config.out / "tables.md").read_text()
