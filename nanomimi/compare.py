@@ -39,7 +39,7 @@ from nanomimi.tiny.digits import UNHEARD
 from train import TrainConfig, describe
 
 ARMS = {"F": "--arch flat", "H": "--arch hierarchical", "D": "--arch delay"}
-# Variants have the width and the learning rate of their arm.
+# Variants have the width and the learning rate of their arm; by Q, only the last model is kept.
 H16 = {"H16": ("H", "--depth_fraction 0.0625")}
 BY_Q = {f"{arm}, Q = {q}": (arm, f"--num_codebooks {q}") for q in (1, 2, 8) for arm in "FH"}
 EQUIVALENT = 0.1  # d'
@@ -110,7 +110,6 @@ def compare(config: CompareConfig) -> None:
     seeds = []
     for name, (arm, more) in ({arm: (arm, "") for arm in ARMS} | plan.variants).items():
         of = best[arm, middle]
-        # By Q, likelihoods alone: half of the seeds, and no models along the training.
         count, kept = (plan.seeds // 2, 0) if name in BY_Q else (plan.seeds, plan.kept)
         for seed in range(1, 1 + count):
             seeds.append(Cell(name, f"{of.flags} {more}", of.width, middle, of.rate, seed, kept))
@@ -167,9 +166,8 @@ def trained(config: CompareConfig, cells: Sequence[Cell], listen: bool = False) 
 
 def _run(config: CompareConfig, listen: bool, cell: Cell) -> list[Path]:
     """Train, evaluate and listen, as far as it has not been done."""
-    data = config.tune_data if cell.arm == "tune" else config.data
-    flags = f"--data {' '.join(map(str, data))} {cell.flags} --n_embd {cell.width}"
-    flags += f" --lr {_lr(cell):.3g} --dtype float32"
+    data = " ".join(map(str, config.tune_data if cell.arm == "tune" else config.data))
+    flags = f"--data {data} {cell.flags} --n_embd {cell.width} --lr {_lr(cell):.3g} --dtype float32"
     steps = max(2, round(cell.flops / flops_per_step(flags)))
     kept = f" --keep_every {math.ceil(steps / cell.kept)}" if cell.kept else ""
     name = f"{cell.arm} {cell.flags} {cell.width} {cell.flops:.1e} {cell.rate:.1e} {cell.seed}"
@@ -183,10 +181,11 @@ def _run(config: CompareConfig, listen: bool, cell: Cell) -> list[Path]:
     step = lambda folder: int(folder.name.removeprefix("step-"))
     # The last of the kept models may be the run itself.
     runs = [*(r for r in sorted(run.glob("step-*"), key=step) if step(r) < steps), run]
-    if left := [str(r) for r in runs if not (r / "evaluation.json").exists()]:
-        words = f"-m nanomimi.evaluate --run {' '.join(left)} --trials {config.trials}"
-        _execute(config, run, words)
-    if listen and cell.kept and not (run / "listen.json").exists():
+    for folder in runs:
+        if not (folder / "evaluation.json").exists():
+            words = f"-m nanomimi.evaluate --run {folder} --trials {config.trials}"
+            _execute(config, run, words)
+    if listen and not (run / "listen.json").exists():
         some = max(1, config.trials // 8)  # generating takes longer than scoring
         _execute(config, run, f"-m nanomimi.tiny.listen --run {run} --trials {some}")
     return runs
@@ -238,9 +237,8 @@ def results(per_arm: dict[str, list[list[Path]]], kinds: Sequence[str], listen: 
         columns[f"nats per frame, {kind}"] = functools.partial(nats_per_frame, kind=kind)
         for name in ("d_prime", "accuracy", "margin"):
             columns[f"{name}, {kind}"] = lambda run, k=kind, n=name: consistency(run, k)[n]
-    heard = lambda run, k: _read(run, "listen")[k][0] if (run / "listen.json").exists() else math.nan
     for key in _read(per_arm["F"][0][-1], "listen") if listen else ():
-        columns[f"generated: {key}"] = functools.partial(heard, k=key)
+        columns[f"generated: {key}"] = lambda run, k=key: _read(run, "listen")[k][0]
     rows = [["arm", "seeds", *columns]]
     for arm, seeds in per_arm.items():
         values = [[of(runs[-1]) for runs in seeds] for of in columns.values()]

@@ -35,7 +35,7 @@ SCRIPTS = {
     "prepare.py": (prepare.PrepareConfig, prepare.prepare),
     "train.py": (train.TrainConfig, train.main),
     "sample.py": (sample.SampleConfig, sample.sample),
-    "evaluate.py": (evaluate.EvaluateConfig, evaluate.main),
+    "evaluate.py": (evaluate.EvaluateConfig, evaluate.evaluate),
     "train_codec.py": (train_codec.CodecConfig, train_codec.train),
 }
 SMALL = "--num_codebooks 2 --max_frames 8 --n_layer 1 --n_head 2 --n_embd 8 --n_hidden 8 --log_every 1"

@@ -10,8 +10,7 @@ import pytest
 from nanomimi import compare as compare_module
 from nanomimi.compare import CompareConfig, Plan, compare
 from nanomimi.config import parse
-from nanomimi.evaluate.__main__ import EvaluateConfig
-from nanomimi.evaluate.__main__ import main as evaluate
+from nanomimi.evaluate.__main__ import EvaluateConfig, evaluate
 from nanomimi.evaluate.contrast import contrast, holm
 from train import TrainConfig, train
 

@@ -52,7 +52,7 @@ def fresh_run(data: Path, out: Path, arch: str, seed: int = 0) -> Path:
 @pytest.mark.parametrize("arch", checkpoint.MODELS)
 def test_an_untrained_model_is_at_chance_in_every_pairwise_test(arch, counted, pairs, tmp_path):
     run = fresh_run(counted, tmp_path / "run", arch)
-    results = evaluate(EvaluateConfig(pairs=pairs, trials=100, device="cpu"), run)
+    results = evaluate(EvaluateConfig(run=run, pairs=pairs, trials=100, device="cpu"))
     assert set(results["consistency"]) == {digits.KNOWN, digits.UNHEARD}
     for result in results["consistency"].values():
         low, high = result["accuracy_interval"]
@@ -82,7 +82,7 @@ def one_voice(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def judged(one_voice, pairs) -> dict:
-    return evaluate(EvaluateConfig(pairs=pairs, **QUICK), one_voice)
+    return evaluate(EvaluateConfig(run=one_voice, pairs=pairs, **QUICK))
 
 
 def test_a_model_of_one_voice_prefers_that_voice(judged):
@@ -143,10 +143,10 @@ def test_a_clip_is_scored_whole_as_the_mean_over_its_tokens(pairs, one_voice):
 
 
 def test_the_numbers_depend_on_the_seed_and_not_on_the_batch_size(judged, one_voice, pairs):
-    config = EvaluateConfig(pairs=pairs, **QUICK)
-    again = evaluate(replace(config, batch_size=3), one_voice)
+    config = EvaluateConfig(run=one_voice, pairs=pairs, **QUICK)
+    again = evaluate(replace(config, batch_size=3))
     assert numbers(again) == pytest.approx(numbers(judged), abs=1e-5)
-    other = evaluate(replace(config, seed=1, pairs=None), one_voice)
+    other = evaluate(replace(config, seed=1, pairs=None))
     assert other["held_out"] == judged["held_out"]
     margin = lambda results: results["consistency"]["all"]["margin"]
     assert margin(other) != margin(judged)
@@ -188,17 +188,17 @@ def test_trials_keep_kinds_apart_and_share_no_word(random_codec, tmp_path):
 
 
 def test_every_trial_is_kept(one_voice):
-    result = evaluate(EvaluateConfig(**QUICK), one_voice)["consistency"]["all"]
+    result = evaluate(EvaluateConfig(run=one_voice, **QUICK))["consistency"]["all"]
     kept = json.loads((one_voice / "trials.json").read_text())["all"]
     assert summary(np.array(kept["d"]), kept["groups"], seed=0) == result
 
 
 def test_a_run_is_not_judged_with_another_codec(one_voice, random_mimi, random_data):
-    config = EvaluateConfig(**QUICK)
+    config = EvaluateConfig(run=one_voice, **QUICK)
     with pytest.raises(ValueError, match="another codec than"):
-        evaluate(replace(config, data=(random_data,)), one_voice)
+        evaluate(replace(config, data=(random_data,)))
     with pytest.raises(ValueError, match="another codec than"):
-        evaluate(replace(config, codec=str(random_mimi)), one_voice)
+        evaluate(replace(config, codec=str(random_mimi)))
 
 
 def numbers(results: object) -> list:

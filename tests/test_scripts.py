@@ -14,8 +14,7 @@ import torch
 
 from nanomimi import Codec, TokenDataset, checkpoint
 from nanomimi.audio import STDOUT, read_audio, write_wav
-from nanomimi.evaluate.__main__ import EvaluateConfig
-from nanomimi.evaluate.__main__ import main as evaluate
+from nanomimi.evaluate.__main__ import EvaluateConfig, evaluate
 from nanomimi.tiny import digits
 from prepare import PrepareConfig, prepare
 from sample import SampleConfig, encode_prompt, sample

@@ -429,7 +429,7 @@ def test_all_scripts_repeat_with_the_seed(random_mimi, recordings, tmp_path):
         folder = tmp_path / name
         prepare(replace(recordings, out=folder / "data"))
         train(TrainConfig((folder / "data",), folder / "run", **{**SMALL, "max_steps": 3}))
-        evaluate(EvaluateConfig(trials=8, device="cpu"), folder / "run")
+        evaluate(EvaluateConfig(folder / "run", trials=8, device="cpu"))
         flags = dict(num_samples=2, seconds=1.0, device="cpu")
         paths = sample(SampleConfig(folder / "run", out=folder / "samples", **flags))
         results = json.loads((folder / "run" / "evaluation.json").read_text())

@@ -112,10 +112,10 @@ def test_an_imported_run_keeps_its_dtype_and_is_used_as_any_other(imported, rand
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
     flags = dict(num_samples=2, seconds=1, device="cpu")
     assert len(sample(SampleConfig(run=imported, out=tmp_path, **flags))) == 2
-    results = evaluate(EvaluateConfig(data=(random_data,), trials=2, device="cpu"), imported)
+    results = evaluate(EvaluateConfig(run=imported, data=(random_data,), trials=2, device="cpu"))
     assert results["held_out"]["frames"] > 100
     with pytest.raises(FileNotFoundError, match="llama_mimi is no data folder"):
-        evaluate(EvaluateConfig(device="cpu"), imported)
+        evaluate(EvaluateConfig(run=imported, device="cpu"))
 
 
 def test_there_must_be_room_for_both_tokens_of_the_start():

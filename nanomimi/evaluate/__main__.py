@@ -27,7 +27,7 @@ from nanomimi.tokens import separator
 
 @dataclass(frozen=True)
 class EvaluateConfig(Config):
-    run: tuple[Path, ...] = option((Path("runs/digits"),), "run folders written by train.py")
+    run: Path = option(Path("runs/digits"), "run folder written by train.py")
     data: tuple[Path, ...] | None = option(None, "data folders; default: those of the run")
     codec: str | None = option(None, "where the codec is now, if not where prepare.py found it")
     pairs: Path | None = option(None, "folder of pairs: PART/sample_I_K.wav")
@@ -38,16 +38,16 @@ class EvaluateConfig(Config):
     device: str = option("auto", "auto, cpu, cuda or mps")
 
 
-def evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """All evaluations of a run. Raises ValueError and FileNotFoundError as what it loads does."""
     device = resolve_device(config.device)
-    model, run = checkpoint.load(folder, device)
+    model, run = checkpoint.load(config.run, device)
     folders = config.data or [Path(path) for path in run["config"]["data"]]
     data = TokenDataset(folders, "val", model.num_codebooks)
     codec = Codec.load(config.codec or data.meta["codec"], model.num_codebooks, device)
     for name, sha256 in ((folders[0], data.meta["codec_sha256"]), (codec.name, codec.sha256)):
         if sha256 != run["data"]["codec_sha256"]:
-            raise ValueError(f"{name} has another codec than {folder}; use --data or --codec")
+            raise ValueError(f"{name} has another codec than {config.run}; use --data or --codec")
     if data.meta["frame_rate"] != codec.frame_rate:
         raise ValueError(f"{folders[0]} has another frame rate than its codec; {AGAIN}")
     pairs = find_pairs(config.pairs) if config.pairs else {}
@@ -70,8 +70,8 @@ def evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
         "consistency": consistency,
         "pairs": judge(scorer, codec, pairs, model.max_frames),
     }
-    (folder / "trials.json").write_text(json.dumps(kept) + "\n")
-    (folder / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")
+    (config.run / "trials.json").write_text(json.dumps(kept) + "\n")
+    (config.run / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")
     return results
 
 
@@ -121,10 +121,5 @@ def lines(results: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix + name:36} {' '.join(shown)}"
 
 
-def main(config: EvaluateConfig) -> None:
-    for folder in config.run:
-        print(folder, *lines(evaluate(config, folder)), sep="\n")
-
-
 if __name__ == "__main__":
-    run_script(EvaluateConfig, main, __doc__)
+    run_script(EvaluateConfig, lambda config: print(*lines(evaluate(config)), sep="\n"), __doc__)
