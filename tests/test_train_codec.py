@@ -113,11 +113,6 @@ def levels(wav: torch.Tensor) -> set[int]:
     return set((100 * wav).round().int().tolist())
 
 
-def levels(wav: torch.Tensor) -> set[int]:
-    """The numbers of the files in a wav."""
-    return set((100 * wav).round().int().tolist())
-
-
 def test_a_tenth_of_the_files_is_held_out_and_no_other_is_missing(recordings, capsys):
     train, held_out = (levels(load_audio(recordings, 0.0, held)) for held in (False, True))
     assert not train & held_out and train | held_out == set(range(1, 21))

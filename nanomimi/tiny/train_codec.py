@@ -170,7 +170,7 @@ def training_step(
         # If all clips are quantized from the start, the latent collapses to a few points.
         plain = max(0.0, 1 - step / config.plain_steps)
         rvq.no_quantization_rate = 0.0 if config.init_from else plain
-        for layer in rvq.vq.layers:  # until moshi replaces unused entries; it forgets on --resume
+        for layer in rvq.vq.layers:  # steps until moshi replaces unused entries: not saved
             layer._codebook._next_unused_check = 5 - step % 5
     decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / config.max_steps))
     optimizer.param_groups[0]["lr"] = config.lr * min((step + 1) / config.warmup_steps, decay)
