@@ -5,7 +5,7 @@ sixteenth of the frames. They predict the same tokens. The plan:
 
 1. learning rates: least FLOPs, two widths, on --tune_data, which no table reports
 2. every arm at every width and number of FLOPs: isoFLOP curves, flops.svg
-3. more seeds of each arm at its best width, evaluated along the training: consistency.svg, the test
+3. seeds of each arm at its best width, evaluated along the training: consistency.svg, the test
 
 The test: d' of F minus that of H, H16 and D at equal nats per frame, on unheard voices, with the
 seeds of step 3; Holm's correction. Everything else is exploratory. The commands are printed as they
@@ -55,15 +55,15 @@ class Plan:
     widths: dict[str, tuple[int, ...]]
     flops: tuple[float, ...]
     variants: dict[str, tuple[str, str]]
-    seeds: int
+    seeds: range  # of step 3; step 2 has seed 0
     kept: int  # models along a training of step 3
 
 
 WIDTHS = {"F": (64, 96, 128, 192, 256, 384), "H": (128, 192, 256, 384, 512, 768)}
-WIDTHS["D"] = WIDTHS["H"]
+WIDTHS["D"], RATES = WIDTHS["H"], (1e-3, 2e-3, 4e-3, 8e-3)
 PLANS = {
-    "small": Plan((3e-3,), {"F": (128,), "H": (256,), "D": (256,)}, (1e13,), H16, 2, 3),
-    "full": Plan((1e-3, 2e-3, 4e-3, 8e-3), WIDTHS, (1e13, 4e13, 1.6e14), {**H16, **BY_Q}, 4, 8),
+    "small": Plan((3e-3,), {"F": (128,), "H": (256,), "D": (256,)}, (1e13,), H16, range(2), 3),
+    "full": Plan(RATES, WIDTHS, (1e13, 4e13, 1.6e14), {**H16, **BY_Q}, range(1, 5), 4),
 }
 
 
@@ -98,7 +98,7 @@ def compare(config: CompareConfig) -> None:
     flops = [config.scale * each for each in plan.flops]
     rates = {arm: tune(config, plan, arm, flops[0]) for arm in ARMS}
     grid = [
-        Cell(arm, flags, width, each, rates[arm])
+        Cell(arm, flags, width, each, rates[arm], kept=plan.kept if 0 in plan.seeds else 0)
         for i, each in enumerate(flops)
         for arm, flags in ARMS.items()
         for width in plan.widths[arm][i : i + 4]
@@ -110,8 +110,8 @@ def compare(config: CompareConfig) -> None:
     seeds = []
     for name, (arm, more) in ({arm: (arm, "") for arm in ARMS} | plan.variants).items():
         of = best[arm, middle]
-        count, kept = (plan.seeds // 2, 0) if name in BY_Q else (plan.seeds, plan.kept)
-        for seed in range(1, 1 + count):
+        every, kept = (2, 0) if name in BY_Q else (1, plan.kept)
+        for seed in plan.seeds[::every]:
             seeds.append(Cell(name, f"{of.flags} {more}", of.width, middle, of.rate, seed, kept))
     per_arm: dict[str, list[list[Path]]] = {}
     for cell, runs in trained(config, seeds, config.listen).items():
@@ -124,9 +124,8 @@ def compare(config: CompareConfig) -> None:
         least = "least" if best[c.arm, c.flops] == c else ""
         rows.append([c.arm, c.width, f"{_lr(c):.2g}", f"{c.flops:.2g}", f"{n:.2f}", least])
     parts = table(rows), results(per_arm, kinds, config.listen), verdict(tests, primary)
-    text = "\n\n".join(parts)
-    (config.out / "tables.md").write_text(text + "\n")
-    print(text)
+    (config.out / "tables.md").write_text(text := "\n\n".join(parts) + "\n")
+    print(text, end="")
     dots = {arm: [(c.flops / 1e12, n) for c, n in nats.items() if c.arm == arm] for arm in ARMS}
     lowest = {arm: [(f / 1e12, nats[best[arm, f]]) for f in flops] for arm in ARMS}
     svg = plot("training, TFLOP", "held-out nats per frame", lowest, dots)
@@ -174,8 +173,9 @@ def _run(config: CompareConfig, listen: bool, cell: Cell) -> list[Path]:
     run = config.out / re.sub("[^A-Za-z0-9.]+", "-", name)
     new = not (run / "run.json").exists()
     if new or checkpoint.read(run)["step"] < steps:
-        flags += f" --seed {cell.seed} --max_steps {steps}{kept}"
-        _execute(config, run, f"train.py --out {run} {flags if new else '--resume'}")
+        # A tiny corpus allows few steps, and warm-up must not take most of them.
+        flags += f" --seed {cell.seed} --warmup_steps {min(100, steps // 5)} --max_steps {steps}"
+        _execute(config, run, f"train.py --out {run} {flags + kept if new else '--resume'}")
     if cell.arm == "tune":
         return [run]
     step = lambda folder: int(folder.name.removeprefix("step-"))

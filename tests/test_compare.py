@@ -30,7 +30,7 @@ def evaluated(folder: Path, nats: float, d_prime: float) -> Path:
 
 
 def arm(folder: Path, d_prime, nats: list[float], seeds: int = 3) -> list[list[Path]]:
-    """Seeds whose curves are d_prime(nats), each at nats a little beside the others'."""
+    """Seeds whose curves are d_prime(nats), each at nats a little beside the others'. Nats fall."""
     return [
         [evaluated(folder / f"{s}-{x}", x + 0.01 * s, d_prime(x + 0.01 * s)) for x in nats]
         for s in range(seeds)
@@ -39,7 +39,7 @@ def arm(folder: Path, d_prime, nats: list[float], seeds: int = 3) -> list[list[P
 
 def test_models_on_one_curve_do_not_differ_however_far_they_got(tmp_path):
     line = lambda x: 3.0 - 0.2 * x
-    first, second = arm(tmp_path / "a", line, [6, 8, 10]), arm(tmp_path / "b", line, [5, 7, 9])
+    first, second = arm(tmp_path / "a", line, [10, 8, 6]), arm(tmp_path / "b", line, [9, 7, 5])
     result = contrast(first, second, "all")
     assert result["difference"] == pytest.approx(0, abs=1e-9) and result["p"] > 0.9
     low, high = result["interval"]
@@ -48,7 +48,7 @@ def test_models_on_one_curve_do_not_differ_however_far_they_got(tmp_path):
 
 def test_a_gap_at_equal_nats_is_found_with_its_sign(tmp_path):
     low, high = lambda x: 2.0 - 0.2 * x, lambda x: 2.5 - 0.2 * x
-    first, second = arm(tmp_path / "a", high, [6, 8, 10]), arm(tmp_path / "b", low, [5, 7, 9])
+    first, second = arm(tmp_path / "a", high, [10, 8, 6]), arm(tmp_path / "b", low, [9, 7, 5])
     result = contrast(first, second, "all")
     assert result["difference"] == pytest.approx(0.5)
     assert 0 < result["interval"][0] < 0.5 < result["interval"][1] and result["p"] < 0.01
@@ -58,16 +58,24 @@ def test_a_gap_at_equal_nats_is_found_with_its_sign(tmp_path):
 def test_seeds_that_disagree_widen_the_interval(tmp_path):
     flat, offset = lambda x: 1.0, [0.5, -0.5, 0.5, -0.5]
     first = [
-        [evaluated(tmp_path / f"a{s}-{x}", x, 1.0 + o) for x in (5, 7)] for s, o in enumerate(offset)
+        [evaluated(tmp_path / f"a{s}-{x}", x, 1.0 + o) for x in (7, 5)] for s, o in enumerate(offset)
     ]
-    result = contrast(first, arm(tmp_path / "b", flat, [5, 7], seeds=4), "all")
+    result = contrast(first, arm(tmp_path / "b", flat, [7, 5], seeds=4), "all")
     low, high = result["interval"]
     assert low < -0.3 and high > 0.3 and result["p"] > 0.3
 
 
+def test_models_after_the_least_nats_do_not_count(tmp_path):
+    line = lambda x: 3.0 - 0.2 * x
+    first, second = arm(tmp_path / "a", line, [10, 8, 6]), arm(tmp_path / "b", line, [9, 7, 5])
+    for s, runs in enumerate(first):
+        runs.append(evaluated(tmp_path / f"later-{s}", 8.0, 0.0))
+    assert contrast(first, second, "all")["difference"] == pytest.approx(0, abs=1e-9)
+
+
 def test_models_without_common_nats_are_not_compared(tmp_path):
     one = lambda x: 1.0
-    result = contrast(arm(tmp_path / "a", one, [8, 9]), arm(tmp_path / "b", one, [5, 6]), "all")
+    result = contrast(arm(tmp_path / "a", one, [9, 8]), arm(tmp_path / "b", one, [6, 5]), "all")
     assert np.isnan(result["difference"]) and result["p"] == 1
 
 
@@ -94,7 +102,7 @@ def test_the_plan_is_run_once_and_resumed(random_data, tmp_path, monkeypatch, ca
 
     widths = {"F": (8, 16), "H": (8, 16), "D": (8, 16)}
     q = {name: compare_module.BY_Q[name] for name in ("F, Q = 1",)}
-    plan = Plan((1e-3, 2e-3, 3e-3), widths, (2e8,), {**compare_module.H16, **q}, 2, 1)
+    plan = Plan((1e-3, 2e-3, 3e-3), widths, (2e8,), {**compare_module.H16, **q}, range(2), 1)
     monkeypatch.setattr(compare_module, "_execute", execute)
     monkeypatch.setitem(compare_module.PLANS, "small", plan)
     data = dict(data=(random_data,), tune_data=(random_data,), out=tmp_path / "out")
@@ -114,6 +122,9 @@ def test_the_plan_is_run_once_and_resumed(random_data, tmp_path, monkeypatch, ca
     assert [line.split(" | ")[0] for line in tests] == ["| F - H", "| F - H16", "| F - D"]
     trainings = [words for words in commands if words.startswith("train.py")]
     assert all("--dtype float32" in words and "--seed" in words for words in trainings)
+    for words in trainings:
+        flags = parse(TrainConfig, words.removeprefix("train.py ").split())
+        assert flags.warmup_steps <= flags.max_steps / 5
     assert len({re.search("--out (\\S+)", words)[1] for words in trainings}) == len(trainings)
     for picture in ("flops.svg", "consistency.svg"):
         assert "<svg" in (config.out / picture).read_text()
