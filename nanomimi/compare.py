@@ -14,7 +14,6 @@ run. A second call goes on with what was stopped and repeats nothing.
 
 import functools
 import json
-import math
 import os
 import re
 import subprocess
@@ -22,6 +21,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import ceil, log10
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal
@@ -126,9 +126,9 @@ def compare(config: CompareConfig) -> None:
     parts = table(rows), results(per_arm, kinds, config.listen), verdict(tests, primary)
     (config.out / "tables.md").write_text(text := "\n\n".join(parts) + "\n")
     print(text, end="")
-    dots = {arm: [(c.flops / 1e12, n) for c, n in nats.items() if c.arm == arm] for arm in ARMS}
-    lowest = {arm: [(f / 1e12, nats[best[arm, f]]) for f in flops] for arm in ARMS}
-    svg = plot("training, TFLOP", "held-out nats per frame", lowest, dots)
+    dots = {arm: [(log10(c.flops), n) for c, n in nats.items() if c.arm == arm] for arm in ARMS}
+    lowest = {arm: [(log10(f), nats[best[arm, f]]) for f in flops] for arm in ARMS}
+    svg = plot("log10 of training FLOPs", "held-out nats per frame", lowest, dots)
     (config.out / "flops.svg").write_text(svg)
     point = lambda run: (nats_per_frame(run, primary), consistency(run, primary)["d_prime"])
     dots = {arm: [point(run) for runs in per_arm[arm] for run in runs] for arm in (*ARMS, *H16)}
@@ -168,7 +168,7 @@ def _run(config: CompareConfig, listen: bool, cell: Cell) -> list[Path]:
     data = " ".join(map(str, config.tune_data if cell.arm == "tune" else config.data))
     flags = f"--data {data} {cell.flags} --n_embd {cell.width} --lr {_lr(cell):.3g} --dtype float32"
     steps = max(2, round(cell.flops / flops_per_step(flags)))
-    kept = f" --keep_every {math.ceil(steps / cell.kept)}" if cell.kept else ""
+    kept = f" --keep_every {ceil(steps / cell.kept)}" if cell.kept else ""
     name = f"{cell.arm} {cell.flags} {cell.width} {cell.flops:.1e} {cell.rate:.1e} {cell.seed}"
     run = config.out / re.sub("[^A-Za-z0-9.]+", "-", name)
     new = not (run / "run.json").exists()
