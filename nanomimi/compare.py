@@ -63,7 +63,7 @@ WIDTHS = {"F": (64, 96, 128, 192, 256, 384), "H": (128, 192, 256, 384, 512, 768)
 WIDTHS["D"], RATES = WIDTHS["H"], (1e-3, 2e-3, 4e-3, 8e-3)
 PLANS = {
     "small": Plan((3e-3,), {"F": (128,), "H": (256,), "D": (256,)}, (1e13,), H16, range(2), 3),
-    "full": Plan(RATES, WIDTHS, (1e13, 4e13, 1.6e14), {**H16, **BY_Q}, range(1, 5), 4),
+    "full": Plan(RATES, WIDTHS, (1e13, 4e13, 1.6e14), {**H16, **BY_Q}, range(1, 5), 8),
 }
 
 
