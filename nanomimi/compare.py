@@ -39,7 +39,7 @@ from nanomimi.tiny.digits import UNHEARD
 from train import TrainConfig, describe
 
 ARMS = {"F": "--arch flat", "H": "--arch hierarchical", "D": "--arch delay"}
-# Variants have the width and the learning rate of their arm; by Q, only the last model is kept.
+# Variants have the width and the rate of their arm. By Q: half of the seeds, the last model alone.
 H16 = {"H16": ("H", "--depth_fraction 0.0625")}
 BY_Q = {f"{arm}, Q = {q}": (arm, f"--num_codebooks {q}") for q in (1, 2, 8) for arm in "FH"}
 EQUIVALENT = 0.1  # d'
@@ -55,15 +55,15 @@ class Plan:
     widths: dict[str, tuple[int, ...]]
     flops: tuple[float, ...]
     variants: dict[str, tuple[str, str]]
-    seeds: range  # of step 3; step 2 has seed 0
+    seeds: range  # of step 3; 0 is the run of step 2
     kept: int  # models along a training of step 3
 
 
 WIDTHS = {"F": (64, 96, 128, 192, 256, 384), "H": (128, 192, 256, 384, 512, 768)}
-WIDTHS["D"], RATES = WIDTHS["H"], (1e-3, 2e-3, 4e-3, 8e-3)
+WIDTHS["D"] = WIDTHS["H"]
 PLANS = {
     "small": Plan((3e-3,), {"F": (128,), "H": (256,), "D": (256,)}, (1e13,), H16, range(2), 3),
-    "full": Plan(RATES, WIDTHS, (1e13, 4e13, 1.6e14), {**H16, **BY_Q}, range(1, 5), 8),
+    "full": Plan((1e-3, 2e-3, 4e-3, 8e-3), WIDTHS, (1e13, 4e13, 16e13), H16 | BY_Q, range(1, 5), 8),
 }
 
 

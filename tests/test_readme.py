@@ -58,7 +58,7 @@ CEILINGS = {  # lines, comments included
     "nanomimi/distributed.py": 90,
     "nanomimi/evaluate/__main__.py": 125,
     "nanomimi/evaluate/likelihood.py": 133,
-    "nanomimi/evaluate/contrast.py": 71,
+    "nanomimi/evaluate/contrast.py": 69,
     "nanomimi/evaluate/pairs.py": 70,
     "nanomimi/bench.py": 204,
     "nanomimi/compare.py": 263,

@@ -1,8 +1,8 @@
 """Step 7c, two models -> their difference in d' at equal likelihood, and how sure it is.
 
 d' grows as a model gets better at everything, so models are compared where they predict equally
-well: each seed gives a curve, d' over nats per frame, of the models along its training, up to the
-one with the least nats. A difference is the mean gap of two curves over the nats that both pass.
+well: each seed gives a curve, d' over nats per frame, of the models along its training up to the
+least nats. A difference is the mean gap of two curves over the nats that they share.
 """
 
 import json
@@ -21,9 +21,8 @@ def contrast(first: Runs, second: Runs, kind: str, seed: int = 0) -> dict[str, A
     """d' of `first` minus d' of `second`. Seeds are paired. The bootstrap draws seeds, and groups
     of the trials, which are the same for every run. Without common nats, all but p = 1 is NaN.
     """
-    trials = json.loads((first[0][0] / "trials.json").read_text())[kind]
-    drawn = resample(trials["groups"], seed)
-    weights = np.vstack([np.ones(len(trials["groups"])), drawn])  # the first: nothing is drawn
+    drawn = resample(json.loads((first[0][0] / "trials.json").read_text())[kind]["groups"], seed)
+    weights = np.vstack([np.ones(drawn.shape[1]), drawn])  # the first: nothing is drawn
     curves = [[_curve(runs, kind, weights) for runs in side] for side in (first, second)]
     gaps = np.array([_gap(a, b) for a, b in zip(*curves, strict=True)])  # (seeds, draws + 1)
     seeds = np.random.default_rng(seed).integers(len(gaps), size=(len(drawn), len(gaps)))
@@ -56,9 +55,8 @@ def _curve(runs: Sequence[Path], kind: str, weights: np.ndarray) -> tuple[np.nda
     nats = np.array([nats_per_frame(run, kind) for run in runs])
     # Later models learn the training's voices by heart, and pass the same nats a second time.
     order = nats[: nats.argmin() + 1].argsort()
-    trials = [json.loads((runs[i] / "trials.json").read_text())[kind] for i in order]
-    heights = [d_prime(np.array(each["d"]).sum(axis=1), weights) for each in trials]
-    return nats[order], np.array(heights)
+    read = lambda run: np.array(json.loads((run / "trials.json").read_text())[kind]["d"])
+    return nats[order], np.array([d_prime(read(runs[i]).sum(axis=1), weights) for i in order])
 
 
 def _gap(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
