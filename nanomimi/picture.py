@@ -40,7 +40,7 @@ def plot(x_label: str, y_label: str, lines: dict[str, list], dots: dict[str, lis
 <text x="380" y="290">{high[0]:.4g}</text><text x="54" y="65">{high[1]:.4g}</text>
 <text x="380" y="310">{x_label}</text></g>\n"""
     for i, (name, colour) in enumerate(zip({**lines, **dots}, COLOURS)):
-        svg += f'<text x="195" y="{14 * i + 12}" style="fill:{colour}">{name}</text>\n'
+        svg += f'<text x="{60 + 60 * i}" y="20" style="fill:{colour}">{name}</text>\n'
         # A line without length has round ends: a dot.
         for points, link, width in ((lines, " L", 2), (dots, "h0 M", 8)):
             if name in points:
