@@ -63,9 +63,9 @@ def catch_signals() -> Iterator[list[int]]:
 
 
 def resolve_dtype(name: str, device: torch.device, amx: bool = True) -> torch.dtype:
-    """`auto`: bfloat16 on a GPU and, if `amx`, on a CPU that has instructions for its products.
+    """`auto`: bfloat16 on a GPU and, if `amx`, on a CPU with AMX.
 
-    On other CPUs bfloat16 is slower than float32, on some of them forty times.
+    Without special instructions, a CPU takes up to forty times as long in bfloat16 as in float32.
     """
     if name != "auto":
         return getattr(torch, name)
