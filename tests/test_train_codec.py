@@ -91,6 +91,15 @@ def test_evaluation_agrees_with_the_codec_and_counts_the_entries_in_use(random_c
         assert usage == pytest.approx(entries / random_codec.codebook_size, abs=1e-3)
 
 
+def test_evaluation_counts_the_crops_that_keep_their_pitch(random_codec, monkeypatch):
+    mimi, codes = copy.deepcopy(random_codec.mimi), torch.zeros(2, 6, 10, dtype=torch.long)
+    tones = [tone(0.8, digits.SAMPLE_RATE, hz) for hz in (110, 170, 200)]
+    wav, other = (torch.from_numpy(np.stack(pair))[:, None] for pair in (tones[:2], tones[::2]))
+    for out, share in ((wav, 1), (other, 0.5), (other.flip(0), 0)):
+        monkeypatch.setattr(train_codec, "reconstruct", lambda *_, out=out: (out, codes, 0))
+        assert set(train_codec.evaluate(mimi, wav)["pitch"].values()) == {share}
+
+
 def test_the_trainer_explains_its_flags(capsys):
     with pytest.raises(SystemExit) as stop:
         parse(CodecConfig, ["--help"], train_codec.__doc__)
