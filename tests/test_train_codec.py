@@ -27,7 +27,7 @@ def config(tmp_path_factory) -> CodecConfig:
     # Fewer steps than plain_steps: moshi draws the clips to quantize in each of them.
     small = dict(minutes=0.2, batch_size=2, frames=4, save_every=4, plain_steps=10, max_steps=8)
     paths = dict(audio=(digits.FOLDER,), shape=folder / "shape.json", out=folder / "out")
-    config = CodecConfig(device="cpu", **paths, **small)
+    config = CodecConfig(device="cpu", waveform=2.0, **paths, **small)
 
     def save_and_copy(*args) -> None:
         save(*args)
@@ -89,6 +89,18 @@ def test_evaluation_agrees_with_the_codec_and_counts_the_entries_in_use(random_c
         share = counts / counts.sum()
         entries = np.exp(-np.sum(share * np.log(share)))
         assert usage == pytest.approx(entries / random_codec.codebook_size, abs=1e-3)
+
+
+def test_the_low_error_is_a_share_of_energy_and_hears_pitch_and_nothing_above():
+    low, high, other = (
+        torch.from_numpy(tone(0.8, digits.SAMPLE_RATE, hz))[None, None] for hz in (200, 3000, 250)
+    )
+    error = lambda out, wav=low: train_codec.low_error(out, wav).item()
+    assert error(low) == 0 and error(0 * low) == pytest.approx(1, abs=1e-3)
+    assert error(low + high) == pytest.approx(0, abs=1e-3)
+    assert error(other) == pytest.approx(2, abs=0.01)
+    assert error(0.5 * low, 0.3 * low) == pytest.approx(4 / 9, rel=0.01)
+    assert error(0 * low, 0 * low) == 0
 
 
 def test_evaluation_counts_the_crops_that_keep_their_pitch(random_codec, monkeypatch):

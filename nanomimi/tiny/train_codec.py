@@ -4,10 +4,9 @@ It hears the bundled digits and the given audio. Held out are every tenth file, 
 the takes that digits.py holds out. `--shape` takes another mimi.json, `prepare.py --codec
 runs/codec/mimi.safetensors` the new codec.
 
-The loss is the L1 distance of log-mel spectrograms at five scales, the waveform's squared error
-below 1.5 kHz, and a commitment penalty. Kyutai's has discriminators instead, and codebook 0 was
-distilled from a speech model (Moshi, arXiv 2410.00037, section 3.3). Without them, speech sounds
-slightly metallic, and codebook 0 is not semantic.
+The loss is the L1 distance of log-mel spectrograms at five scales, a tenth of the waveform's, and
+a commitment penalty. It does not keep pitch; `--waveform 2` does, at a price that README.md states.
+Kyutai's has discriminators, and codebook 0 was distilled (Moshi, arXiv 2410.00037, section 3.3).
 """
 
 import json
@@ -33,7 +32,6 @@ from nanomimi.tiny import digits
 from nanomimi.tiny.sound import mel_distance, pitch_and_formants
 
 RATE = digits.SAMPLE_RATE
-GAIN = (-10.0, 3.0)  # dB
 TRAINING = "training.safetensors"
 
 
@@ -48,6 +46,7 @@ class CodecConfig(Config):
     batch_size: int = option(8, "crops per step", at_least=1)
     frames: int = option(12, "frames per crop, 80 ms each", at_least=1)
     max_steps: int = option(9000, "optimizer steps", at_least=1)
+    waveform: float = option(0.0, "weight of the error that keeps pitch", at_least=0)
     lr: float = option(1.5e-3, "peak learning rate; a cosine ends at a twentieth", above=0)
     warmup_steps: int = option(100, "steps of linear warm-up", at_least=1)
     plain_steps: int = option(1000, "steps until all is quantized, if not --init_from", at_least=1)
@@ -58,10 +57,7 @@ class CodecConfig(Config):
 
 
 def load_audio(config: CodecConfig, share: float, held_out: bool) -> Tensor:
-    """(S,) float32: files in random order, between digits in random order, which are a share of it.
-
-    Ends with the files, or after --minutes (a tenth, if held out). ValueError where there are none.
-    """
+    """(S,) float32: shuffled files and a share of digits, --minutes at most. ValueError if none."""
     files, rng = audio_files(config.audio), np.random.default_rng(config.seed)
     clips = digits.load_clips()
     rng.shuffle(files)
@@ -90,7 +86,7 @@ def crops(wav: Tensor, count: int, size: int, rng: np.random.Generator, vary: bo
     for _ in range(count):
         # A codec that hears only a few voices memorises them; resampling makes many of them.
         length = size // 96 * int(rng.integers(77, 121)) if vary and rng.random() < 0.5 else size
-        gain = 10 ** (rng.uniform(*GAIN) / 20) if vary else 1.0
+        gain = 10 ** (rng.uniform(-10, 3) / 20) if vary else 1.0  # from -10 to 3 dB
         start = rng.integers(0, len(wav) - length)
         spectrum = torch.fft.rfft(wav[start : start + length])
         pieces.append(gain * size / length * torch.fft.irfft(spectrum, size))
@@ -115,10 +111,15 @@ def reconstruct(mimi: MimiModel, wav: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return mimi.decoder(hidden)[..., : wav.shape[-1]], quantized.codes, quantized.penalty
 
 
+def low_error(out: Tensor, wav: Tensor) -> Tensor:
+    """Energy of out - wav below 1.5 kHz, where few mel bands tell a pitch, as a share of wav's."""
+    low = lambda x: torch.fft.rfft(x, norm="ortho")[..., : 1500 * x.shape[-1] // RATE].norm() ** 2
+    return low(out - wav) / (low(wav) + 0.1)
+
+
 @torch.no_grad()
 def evaluate(mimi: MimiModel, wav: Tensor) -> dict:
-    """With 1, 2, 4, ... codebooks, the mel distance and `pitch`, the share of crops that keep their
-    F0 within 5%. Of each codebook, the usage: exp(entropy) / size."""
+    """Mel distance, pitch (share of crops with F0 within 5%) and usage (exp(entropy) / size)."""
     mimi.eval()
     f0 = lambda x: np.array([pitch_and_formants(each)[0] for each in x[:, 0].cpu().numpy()])
     distances, pitch, total = {}, {}, mimi.total_codebooks
@@ -135,8 +136,7 @@ def evaluate(mimi: MimiModel, wav: Tensor) -> dict:
 
 def save(mimi: MimiModel, optimizer: AdamW, out: Path, report: dict) -> None:
     """Write mimi.safetensors (float16), mimi.json and, for --resume, training.safetensors."""
-    halves = {name: tensor.half() for name, tensor in mimi.state_dict().items()}
-    save_tensors(halves, out / "mimi.safetensors")
+    save_tensors({n: t.half() for n, t in mimi.state_dict().items()}, out / "mimi.safetensors")
     with replacing(out / "mimi.json") as new:
         new.write_text(json.dumps(report, indent=1) + "\n")
     save_tensors(state(mimi, optimizer, report["step"], report["seconds"]), out / TRAINING)
@@ -169,10 +169,10 @@ def training_step(
     # Half of the steps use all codebooks, the others 1..Q: few must be intelligible, too.
     total = mimi.total_codebooks
     mimi.set_num_codebooks(total if rng.random() < 0.5 else int(rng.integers(1, total + 1)))
+    # If all clips are quantized from the start, the latent collapses to a few points.
+    plain = 0.0 if config.init_from else max(0.0, 1 - step / config.plain_steps)
     for rvq in (mimi.quantizer.rvq_first, mimi.quantizer.rvq_rest):
-        # If all clips are quantized from the start, the latent collapses to a few points.
-        plain = max(0.0, 1 - step / config.plain_steps)
-        rvq.no_quantization_rate = 0.0 if config.init_from else plain
+        rvq.no_quantization_rate = plain
         for layer in rvq.vq.layers:  # steps until moshi replaces unused entries: not saved
             layer._codebook._next_unused_check = 5 - step % 5
     decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / config.max_steps))
@@ -181,9 +181,8 @@ def training_step(
     wav = wav.to(next(mimi.parameters()).device)
     out, _, penalty = reconstruct(mimi, wav)
     distance = mel_distance(out[:, 0], wav[:, 0])
-    # Few mel bands tell a pitch. The error is squared: an absolute one is least at silence.
-    low = lambda x: torch.fft.rfft(x, norm="ortho")[..., : 1500 * x.shape[-1] // RATE].norm() ** 2
-    (0.5 * distance + low(out - wav) / (low(wav) + 0.1) + 0.05 * penalty).backward()
+    loss = distance + 0.1 * (out - wav).abs().mean() + 0.05 * penalty
+    (loss + config.waveform * low_error(out, wav)).backward()
     norm = nn.utils.clip_grad_norm_(mimi.parameters(), 1.0)
     if not math.isfinite(distance.item() + norm.item()):
         raise FloatingPointError(f"diverged: step {step + 1}, loss {distance:.3g}; lower --lr")
