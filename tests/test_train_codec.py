@@ -209,6 +209,22 @@ def test_fine_tuning_starts_from_a_codec_and_quantizes_at_once(config, tmp_path,
         train_codec.train(replace(config, out=tmp_path / "other", shape=bundled, **again))
 
 
+def test_the_error_below_1500_hz_is_trained_on_at_its_weight(config, tmp_path, monkeypatch):
+    start = dict(init_from=config.out / "mimi.safetensors", max_steps=1)
+
+    def moments(name: str, weight: float) -> dict[str, torch.Tensor]:
+        train_codec.train(replace(config, out=tmp_path / name, waveform=weight, **start))
+        saved = load_file(tmp_path / name / "training.safetensors")
+        return {key: value for key, value in saved.items() if key.endswith("exp_avg")}
+
+    without, small, large = moments("0", 0.0), moments("1", 1.0), moments("2", 2.0)
+    monkeypatch.setattr(train_codec, "low_error", lambda out, wav: wav.new_zeros(()))
+    none = moments("none", 2.0)
+    assert all(torch.equal(without[key], none[key]) for key in without)
+    for one, other in ((without, small), (small, large)):
+        assert any(not torch.allclose(one[key], other[key], rtol=0.01) for key in one)
+
+
 def test_the_mel_distance_is_zero_for_the_same_and_grows_with_the_difference():
     wav = 0.1 * torch.randn(1, 9600)
     assert mel_distance(wav, wav) == 0
