@@ -80,29 +80,24 @@ def prepare(config: PrepareConfig) -> None:
     recordings = from_files(files, config, codec.sample_rate) if files else from_digits(config)
     total, unit = (len(files), "file") if files else (round(config.hours * 3600), "s")
     splits = ("val",) if config.val_fraction == 1 else SPLITS
-    with (
-        lock(out),
-        DatasetWriter(out, codec, splits, resume) as writer,
-        tqdm(total=total, unit=unit) as bar,
-    ):
+    with lock(out), DatasetWriter(out, codec, splits, resume) as writer:
         with replacing(path) as new:
             new.write_text(json.dumps(settings, indent=1) + "\n")
         done = deque(writer.files)  # by an interrupted preparation, in the same order
-        bar.update(len(done) if files else 0)
         left = (r for r in recordings if not (done and r.file == done[0] and done.popleft()))
-        for recording, codes in encode_all(left, codec):
-            if isinstance(codes, Tensor):
-                writer.add(recording.split, codes, recording.file, recording.group)
-            else:
-                skipped += 1
-                bar.write(f"skipped: {codes}")
-            rate = writer.seconds / max(1e-9, bar.format_dict["elapsed"])
-            bar.set_postfix_str(f"{rate:.0f} x real time", refresh=False)
-            bar.update(1 if files else min(int(writer.seconds), total) - bar.n)
-    print(
-        f"{out}: {writer.utterances['train']} utterances for training, {writer.utterances['val']} "
-        f"for validation, {writer.seconds / 3600:.2f} h; {skipped} files skipped"
-    )
+        with tqdm(total=total, unit=unit, initial=len(done) if files else 0) as bar:
+            for recording, codes in encode_all(left, codec):
+                if isinstance(codes, Tensor):
+                    writer.add(recording.split, codes, recording.file, recording.group)
+                else:
+                    skipped += 1
+                    bar.write(f"skipped: {codes}")
+                rate = writer.seconds / max(1e-9, bar.format_dict["elapsed"])
+                bar.set_postfix_str(f"{rate:.0f} x real time", refresh=False)
+                bar.update(1 if files else min(int(writer.seconds), total) - bar.n)
+    train, val = writer.utterances.values()
+    made = f"{train} utterances for training, {val} for validation, {writer.seconds / 3600:.2f} h"
+    print(f"{out}: {made}; {skipped} files skipped")
 
 
 def describe(config: PrepareConfig, files: list[Path], codec: Codec) -> dict[str, Any]:

@@ -7,10 +7,10 @@ trials.json keeps d of every trial, so that any other test can be made of them.
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from pprint import pprint
 from typing import Any
 
 import numpy as np
@@ -111,15 +111,5 @@ def _trials(groups: dict, files: dict, count: int, seed: int, data: TokenDataset
     return trials
 
 
-def lines(results: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """The results for the terminal: a line per entry of evaluation.json, under its name there."""
-    for name, value in results.items():
-        if isinstance(value, dict):
-            yield from lines(value, f"{prefix}{name} ")
-        else:
-            shown = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in np.atleast_1d(value))
-            yield f"{prefix + name:36} {' '.join(shown)}"
-
-
 if __name__ == "__main__":
-    run_script(EvaluateConfig, lambda config: print(*lines(evaluate(config)), sep="\n"), __doc__)
+    run_script(EvaluateConfig, lambda config: pprint(evaluate(config), sort_dicts=False), __doc__)
