@@ -1,8 +1,8 @@
 """Step 1, wav <-> codes: Mimi, Kyutai's neural codec. The only file that imports moshi.
 
-Mimi (Moshi, arXiv 2410.00037, section 3.3) turns 80 ms of speech into one frame of Q codes by
-residual vector quantization (RVQ): codebook 0 gives a coarse description, and each further codebook
-quantizes what the ones before it left over.
+Mimi (Moshi, arXiv 2410.00037, section 3.3) turns 80 ms of speech into one frame of Q codes.
+Codebook 0 stands alone; in Kyutai's weights, it is semantic. The others are a residual vector
+quantizer (RVQ): codebook 1 quantizes the same frame, and each further one what is left over.
 """
 
 import contextlib

@@ -16,6 +16,7 @@ from nanomimi.tiny.digits import FACTORS, SAMPLE_RATE, Voice
 
 WINDOWS = {2048: 80, 1024: 64, 512: 40, 256: 32, 128: 20}  # samples: mel bands
 FLOOR = 3e-4  # mean amplitude of a mel band, about -70 dB: lower levels count as silence
+BANDS, PARTS, ENVELOPE = 12, 2, 24  # of a frame: mel bands, parts of its time, their product
 STEP = 0.05  # of the recogniser's grid of voice factors
 
 
@@ -31,6 +32,19 @@ def mel_distance(wav: Tensor, target: Tensor) -> Tensor:
     """Mean absolute difference of log-mels over the scales, in nepers; both (B, S)."""
     scales = [(log_mel(wav, *s) - log_mel(target, *s)).abs().mean() for s in WINDOWS.items()]
     return torch.stack(scales).mean()
+
+
+def envelope(wav: Tensor, frames: int) -> Tensor:
+    """(B, 1, S) -> (B, T, ENVELOPE): log-mels in bands too wide to resolve pitch."""
+    bands = torch.nn.functional.adaptive_avg_pool1d(log_mel(wav[:, 0], 1024, BANDS), frames * PARTS)
+    return bands.unflatten(2, (frames, PARTS)).permute(0, 2, 3, 1).flatten(2)
+
+
+def low_error(out: Tensor, wav: Tensor) -> Tensor:
+    """Energy of out - wav below 1.5 kHz, as a share of wav's: mean over (B, 1, S)."""
+    spectrum = lambda x: torch.fft.rfft(x, norm="forward")[..., : 1500 * x.shape[-1] // SAMPLE_RATE]
+    low = lambda x: spectrum(x).abs().square().sum(dim=-1)
+    return (low(out - wav) / (low(wav) + 1e-4)).mean()  # -40 dB: crops of silence count little
 
 
 @functools.cache

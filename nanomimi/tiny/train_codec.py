@@ -1,25 +1,22 @@
 """Train a Mimi: python -m nanomimi.tiny.train_codec [FOLDER_OR_FILE ...] --out runs/codec
 
 It hears the bundled digits and the given audio. Held out are every tenth file, and the voice and
-the takes that digits.py holds out. `--shape` takes another mimi.json, `prepare.py --codec
-runs/codec/mimi.safetensors` the new codec.
+the takes that digits.py holds out. `prepare.py --codec` takes the file runs/codec/mimi.safetensors.
 
-The loss is the L1 distance of log-mel spectrograms at five scales, a tenth of the waveform's, and
-a commitment penalty. It does not keep pitch; `--waveform 2` does, at a price that README.md states.
-Kyutai's has discriminators, and codebook 0 was distilled (Moshi, arXiv 2410.00037, section 3.3).
+The loss is the L1 distance of log-mels, which keeps no pitch. `--waveform` adds the error below 1.5
+kHz, which does; codebook 0 then learns what is said alone: a linear map of it predicts the envelope
+(sound.py). Kyutai's learns from WavLM, the others from discriminators (arXiv 2410.00037, 3.3).
 """
 
 import json
 import math
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.optim import AdamW
+from torch import Tensor, nn, optim
 from tqdm import tqdm
 
 from nanomimi import checkpoint
@@ -28,7 +25,7 @@ from nanomimi.codec import TINY, MimiModel, build, read_shape
 from nanomimi.config import Config, option, run_script
 from nanomimi.distributed import catch_signals, resolve_device
 from nanomimi.files import load_tensors, lock, replacing, save_tensors
-from nanomimi.tiny import digits
+from nanomimi.tiny import digits, sound
 from nanomimi.tiny.sound import mel_distance, pitch_and_formants
 
 RATE = digits.SAMPLE_RATE
@@ -48,7 +45,6 @@ class CodecConfig(Config):
     max_steps: int = option(9000, "optimizer steps", at_least=1)
     waveform: float = option(0.0, "weight of the error that keeps pitch", at_least=0)
     lr: float = option(1.5e-3, "peak learning rate; a cosine ends at a twentieth", above=0)
-    warmup_steps: int = option(100, "steps of linear warm-up", at_least=1)
     plain_steps: int = option(1000, "steps until all is quantized, if not --init_from", at_least=1)
     save_every: int = option(1000, "steps between checkpoints and evaluations", at_least=1)
     resume: bool = option(False, "continue from the last checkpoint in --out")
@@ -104,17 +100,23 @@ def initialise(mimi: MimiModel) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def reconstruct(mimi: MimiModel, wav: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, 1, S) -> its reconstruction (B, 1, S), the codes (B, Q, T) and the commitment penalty."""
-    quantized = mimi.quantizer(mimi.encode_to_latent(wav, quantize=False), mimi.frame_rate)
-    (hidden,) = mimi.decoder_transformer(mimi.upsample(quantized.x))
-    return mimi.decoder(hidden)[..., : wav.shape[-1]], quantized.codes, quantized.penalty
-
-
-def low_error(out: Tensor, wav: Tensor) -> Tensor:
-    """Energy of out - wav below 1.5 kHz, as a share of wav's; mel bands are too wide for pitch."""
-    low = lambda x: torch.fft.rfft(x, norm="ortho")[..., : 1500 * x.shape[-1] // RATE].norm() ** 2
-    return low(out - wav) / (low(wav) + 0.1)  # 0.1, that of faint noise, for crops of silence
+def losses(mimi: MimiModel, wav: Tensor, waveform: float) -> tuple[Tensor, Tensor]:
+    """Of (B, 1, S), with the codebooks in use: the loss, and the mel distance in it."""
+    latent, q = mimi.encode_to_latent(wav, quantize=False), mimi.num_codebooks  # (B, D, T)
+    first = mimi.quantizer.rvq_first(latent, mimi.frame_rate)
+    # Detached: a language model hardly finds words in a codebook that carries pitch and phase, too.
+    quantized, penalty = first.x.detach() if waveform else first.x, first.penalty / q
+    if q > 1:
+        rest = mimi.quantizer.rvq_rest(latent, mimi.frame_rate)
+        quantized, penalty = quantized + rest.x, penalty + rest.penalty * (q - 1) / q
+    out = mimi.decoder(mimi.decoder_transformer(mimi.upsample(quantized))[0])[..., : wav.shape[-1]]
+    distance = mel_distance(out[:, 0], wav[:, 0])
+    loss = distance + 0.1 * (out - wav).abs().mean() + 0.05 * penalty
+    if waveform:
+        said = mimi.envelope(first.x.transpose(1, 2)) - sound.envelope(wav, latent.shape[2])
+        # Two codebooks have no room for a waveform.
+        loss = loss + said.abs().mean() + (waveform * sound.low_error(out, wav) if q > 2 else 0.0)
+    return loss, distance
 
 
 @torch.no_grad()
@@ -125,7 +127,7 @@ def evaluate(mimi: MimiModel, wav: Tensor) -> dict:
     distances, pitch, total, own = {}, {}, mimi.total_codebooks, f0(wav)
     for q in [2**i for i in range(10) if 2**i < total] + [total]:
         mimi.set_num_codebooks(q)
-        out, codes, _ = reconstruct(mimi, wav)
+        out = mimi.decode(codes := mimi.encode(wav))
         distances[q] = round(mel_distance(out[:, 0], wav[:, 0]).item(), 4)
         pitch[q] = round(float(np.mean(np.abs(f0(out) - own) < 0.05)), 3)
     mimi.train()
@@ -134,21 +136,22 @@ def evaluate(mimi: MimiModel, wav: Tensor) -> dict:
     return dict(mel_distance=distances, pitch=pitch, usage=[round(u, 3) for u in usage.tolist()])
 
 
-def save(mimi: MimiModel, optimizer: AdamW, out: Path, report: dict) -> None:
+def save(mimi: MimiModel, optimizer: optim.AdamW, out: Path, report: dict) -> None:
     """Write mimi.safetensors (float16), mimi.json and, for --resume, training.safetensors."""
-    save_tensors({n: t.half() for n, t in mimi.state_dict().items()}, out / "mimi.safetensors")
+    own = {n: t.half() for n, t in mimi.state_dict().items() if not n.startswith("envelope.")}
+    save_tensors(own, out / "mimi.safetensors")
     with replacing(out / "mimi.json") as new:
         new.write_text(json.dumps(report, indent=1) + "\n")
     save_tensors(state(mimi, optimizer, report["step"], report["seconds"]), out / TRAINING)
 
 
-def state(mimi: MimiModel, optimizer: AdamW, step: int, seconds: int) -> dict[str, Tensor]:
+def state(mimi: MimiModel, optimizer: optim.AdamW, step: int, seconds: int) -> dict[str, Tensor]:
     """All that a resumed training needs."""
     progress = {"step": torch.tensor(step), "seconds": torch.tensor(seconds)}
     return mimi.state_dict() | checkpoint.moments(mimi, optimizer) | progress
 
 
-def load(mimi: MimiModel, optimizer: AdamW, out: Path, shape: dict) -> dict:
+def load(mimi: MimiModel, optimizer: optim.AdamW, out: Path, shape: dict) -> dict:
     """Restore the last checkpoint; returns its step and seconds. FileNotFoundError, ValueError."""
     path = out / TRAINING
     if path.exists() and read_shape(out / "mimi.json") != shape:
@@ -161,9 +164,9 @@ def load(mimi: MimiModel, optimizer: AdamW, out: Path, shape: dict) -> dict:
 
 
 def training_step(
-    config: CodecConfig, step: int, mimi: MimiModel, optimizer: AdamW, pool: Tensor
-) -> tuple[float, float]:
-    """Update the weights on crops of pool (S,); returns the mel distance and the penalty."""
+    config: CodecConfig, step: int, mimi: MimiModel, optimizer: optim.AdamW, pool: Tensor
+) -> float:
+    """Update the weights on crops of pool (S,); returns the mel distance."""
     rng = np.random.default_rng((config.seed, step))  # a resumed run draws the same
     torch.manual_seed(int(rng.integers(2**32)))  # moshi's generator
     # Half of the steps use all codebooks, the others 1..Q: few must be intelligible, too.
@@ -176,13 +179,10 @@ def training_step(
         for layer in rvq.vq.layers:  # steps until moshi replaces unused entries: not saved
             layer._codebook._next_unused_check = 5 - step % 5
     decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / config.max_steps))
-    optimizer.param_groups[0]["lr"] = config.lr * min((step + 1) / config.warmup_steps, decay)
+    optimizer.param_groups[0]["lr"] = config.lr * min((step + 1) / 100, decay)
     wav = crops(pool, config.batch_size, config.frames * mimi.frame_size, rng, vary=True)
-    wav = wav.to(next(mimi.parameters()).device)
-    out, _, penalty = reconstruct(mimi, wav)
-    distance = mel_distance(out[:, 0], wav[:, 0])
-    loss = distance + 0.1 * (out - wav).abs().mean() + 0.05 * penalty
-    (loss + config.waveform * low_error(out, wav)).backward()
+    loss, distance = losses(mimi, wav, config.waveform)
+    loss.backward()
     norm = nn.utils.clip_grad_norm_(mimi.parameters(), 1.0)
     if not math.isfinite(distance.item() + norm.item()):
         raise FloatingPointError(f"diverged: step {step + 1}, loss {distance:.3g}; lower --lr")
@@ -190,7 +190,7 @@ def training_step(
     optimizer.zero_grad(set_to_none=True)
     for buffer in mimi.buffers():
         buffer.detach_()  # moshi's moving averages otherwise keep every step's graph alive
-    return distance.item(), penalty.item()
+    return distance.item()
 
 
 def train(config: CodecConfig) -> dict:
@@ -203,22 +203,23 @@ def train(config: CodecConfig) -> dict:
     torch.manual_seed(config.seed)
     mimi = build(shape).to(device).train()
     initialise(mimi)
-    optimizer = AdamW(mimi.parameters(), lr=config.lr, betas=(0.8, 0.99), fused=True)
     if not config.resume and (config.out / "mimi.safetensors").exists():
         raise ValueError(f"{config.out} holds a codec already; --resume it or change --out")
     if config.init_from and not config.resume:
         like, remedy = mimi.state_dict(), "it must have the shape that --shape gives"
         mimi.load_state_dict(load_tensors(config.init_from, like, remedy, device))
+    mimi.envelope = nn.Linear(shape["quantizer"]["output_dimension"], sound.ENVELOPE, device=device)
+    optimizer = optim.AdamW(mimi.parameters(), lr=config.lr, betas=(0.8, 0.99), fused=True)
     report = load(mimi, optimizer, config.out, shape) if config.resume else dict(step=0, seconds=0)
-    pool = load_audio(config, config.digits if config.audio else 1.0, held_out=False)
+    pool = load_audio(config, config.digits if config.audio else 1.0, held_out=False).to(device)
     rng, began = np.random.default_rng(config.seed), time.time() - report["seconds"]
     tests, size = {}, config.frames * mimi.frame_size
     for source, share in [("digits", 1.0), ("files", 0.0)][: 2 if config.audio else 1]:
         tests[source] = crops(load_audio(config, share, held_out=True), 32, size, rng, vary=False)
     with lock(config.out), catch_signals() as caught:
         for step in (bar := tqdm(range(report["step"], config.max_steps), unit="step")):
-            distance, penalty = training_step(config, step, mimi, optimizer, pool)
-            bar.set_postfix(mel=f"{distance:.3f}", penalty=f"{penalty:.3f}", refresh=False)
+            distance = training_step(config, step, mimi, optimizer, pool)
+            bar.set_postfix(mel_distance=f"{distance:.3f}", refresh=False)
             if (step + 1) % config.save_every == 0 or step + 1 == config.max_steps or caught:
                 numbers = {name: evaluate(mimi, wav.to(device)) for name, wav in tests.items()}
                 bar.write(f"step {step + 1}: {numbers}")
@@ -226,7 +227,7 @@ def train(config: CodecConfig) -> dict:
                 report |= {"held_out": numbers}
                 save(mimi, optimizer, config.out, report)
             if caught:
-                sys.exit(128 + caught[0])
+                raise SystemExit(128 + caught[0])
     return report
 
 
