@@ -21,7 +21,7 @@ from tests.conftest import small_shape, tone
 def trainee(codec: Codec) -> MimiModel:
     """A copy of its Mimi, as the trainer trains it."""
     mimi = copy.deepcopy(codec.mimi).requires_grad_(True)
-    mimi.envelope = nn.Linear(mimi.quantizer.rvq_first.output_dimension, ENVELOPE)
+    mimi.probe = nn.Linear(mimi.quantizer.rvq_first.output_dimension, ENVELOPE)
     return mimi
 
 
@@ -152,7 +152,7 @@ def test_the_loss_is_of_what_the_codec_renders(random_codec, q):
     # With --waveform, the envelope joins in, and from the third codebook on the low error.
     latent = first.encode_to_latent(wav, quantize=False)
     coarse = first.quantizer.rvq_first(latent, first.frame_rate).x
-    said = first.envelope(coarse.transpose(1, 2)) - envelope(wav, 4)
+    said = first.probe(coarse.transpose(1, 2)) - envelope(wav, 4)
     added = said.abs().mean() + 3 * low_error(out, wav) * (q > 2)
     more, _ = train_codec.losses(kept, wav, waveform=3.0)
     assert (more - loss).item() == pytest.approx(added.item(), rel=1e-3)
@@ -172,7 +172,7 @@ def test_with_waveform_codebook_0_learns_the_envelope_and_nothing_else(random_co
         return [w.grad is not None and bool(w.grad.any()) for w in weights]
 
     assert trained(0.0) == trained(1.0) == [True, q > 1, True]
-    nn.init.zeros_(mimi.envelope.weight)  # whatever codebook 0 says, the map predicts the same
+    nn.init.zeros_(mimi.probe.weight)  # whatever codebook 0 says, the probe predicts the same
     assert trained(0.0) == [True, q > 1, True]
     assert trained(1.0) == [False, q > 1, True]
 

@@ -16,7 +16,8 @@ from nanomimi.tiny.digits import FACTORS, SAMPLE_RATE, Voice
 
 WINDOWS = {2048: 80, 1024: 64, 512: 40, 256: 32, 128: 20}  # samples: mel bands
 FLOOR = 3e-4  # mean amplitude of a mel band, about -70 dB: lower levels count as silence
-BANDS, PARTS, ENVELOPE = 12, 2, 24  # of a frame: mel bands, parts of its time, their product
+BANDS, PARTS = 12, 2  # of the envelope of a frame: mel bands, and parts of its time
+ENVELOPE = BANDS * PARTS
 STEP = 0.05  # of the recogniser's grid of voice factors
 
 

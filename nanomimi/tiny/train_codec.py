@@ -4,8 +4,8 @@ It hears the bundled digits and the given audio. Held out are every tenth file, 
 the takes that digits.py holds out. `prepare.py --codec` takes the file runs/codec/mimi.safetensors.
 
 The loss is the L1 distance of log-mels, which keeps no pitch. `--waveform` adds the error below 1.5
-kHz, which does; codebook 0 then learns what is said alone: a linear map of it predicts the envelope
-(sound.py). Kyutai's learns from WavLM, the others from discriminators (arXiv 2410.00037, 3.3).
+kHz, which does; codebook 0 then learns only what is said: a linear probe predicts the envelope from
+it (sound.py). Kyutai's learns from WavLM, the rest from discriminators (arXiv 2410.00037, 3.3).
 """
 
 import json
@@ -113,7 +113,7 @@ def losses(mimi: MimiModel, wav: Tensor, waveform: float) -> tuple[Tensor, Tenso
     distance = mel_distance(out[:, 0], wav[:, 0])
     loss = distance + 0.1 * (out - wav).abs().mean() + 0.05 * penalty
     if waveform:
-        said = mimi.envelope(first.x.transpose(1, 2)) - sound.envelope(wav, latent.shape[2])
+        said = mimi.probe(first.x.transpose(1, 2)) - sound.envelope(wav, latent.shape[2])
         # Two codebooks have no room for a waveform.
         loss = loss + said.abs().mean() + (waveform * sound.low_error(out, wav) if q > 2 else 0.0)
     return loss, distance
@@ -138,7 +138,7 @@ def evaluate(mimi: MimiModel, wav: Tensor) -> dict:
 
 def save(mimi: MimiModel, optimizer: optim.AdamW, out: Path, report: dict) -> None:
     """Write mimi.safetensors (float16), mimi.json and, for --resume, training.safetensors."""
-    own = {n: t.half() for n, t in mimi.state_dict().items() if not n.startswith("envelope.")}
+    own = {n: t.half() for n, t in mimi.state_dict().items() if not n.startswith("probe.")}
     save_tensors(own, out / "mimi.safetensors")
     with replacing(out / "mimi.json") as new:
         new.write_text(json.dumps(report, indent=1) + "\n")
@@ -208,7 +208,7 @@ def train(config: CodecConfig) -> dict:
     if config.init_from and not config.resume:
         like, remedy = mimi.state_dict(), "it must have the shape that --shape gives"
         mimi.load_state_dict(load_tensors(config.init_from, like, remedy, device))
-    mimi.envelope = nn.Linear(shape["quantizer"]["output_dimension"], sound.ENVELOPE, device=device)
+    mimi.probe = nn.Linear(shape["quantizer"]["output_dimension"], sound.ENVELOPE, device=device)
     optimizer = optim.AdamW(mimi.parameters(), lr=config.lr, betas=(0.8, 0.99), fused=True)
     report = load(mimi, optimizer, config.out, shape) if config.resume else dict(step=0, seconds=0)
     pool = load_audio(config, config.digits if config.audio else 1.0, held_out=False).to(device)
