@@ -6,13 +6,15 @@ import torch
 
 from nanomimi.codec import TINY, Codec
 from nanomimi.tiny import digits
-from nanomimi.tiny.sound import clip_mel, dtw, mel_distance, segments
+from nanomimi.tiny.sound import clip_mel, dtw, mel_distance, pitch_and_formants, render, segments
+
+PITCH = str(TINY.with_name("pitch.safetensors"))
 
 
 def test_the_bundled_files_are_as_small_as_promised():
     size = lambda folder, pattern: sum(path.stat().st_size for path in folder.glob(pattern))
     assert size(digits.FOLDER, "*") < 2.5e6
-    assert size(TINY.parent, "mimi.*") < 6e6
+    assert size(TINY.parent, "mimi.*") < 6e6 and size(TINY.parent, "pitch.*") < 6e6
 
 
 def test_seven_voices_say_ten_digits_at_three_rates_and_pitches_and_differ_in_pitch():
@@ -129,9 +131,10 @@ def resynthesis(
     return [(digit, out[start:end]) for digit, start, end in places]
 
 
+@pytest.mark.parametrize("source", ["tiny", PITCH])
 @pytest.mark.parametrize("num_codebooks, floor", [(8, 0.97), (4, 0.93)])
-def test_a_digit_sounds_most_like_itself_after_the_bundled_codec(num_codebooks, floor):
-    codec, rng, right = Codec.load("tiny", num_codebooks), np.random.default_rng(11), []
+def test_a_digit_sounds_most_like_itself_after_a_bundled_codec(source, num_codebooks, floor):
+    codec, rng, right = Codec.load(source, num_codebooks), np.random.default_rng(11), []
     for clips in digits.load_clips().values():
         originals = [clip_mel(clip) for take in clips for clip in take]  # digit i: i, i + 10, ...
         for digit, piece in resynthesis(codec, clips, rng):
@@ -148,6 +151,19 @@ def test_every_codebook_is_used_and_more_codebooks_are_nearer():
     wav, codes = wav[..., : 20 * digits.SAMPLE_RATE], codes[..., :250]
     distances = [mel_distance(codec.decode(codes[:, :q])[0], wav[0]).item() for q in (1, 2, 4, 8)]
     assert distances == sorted(distances, reverse=True)
+
+
+def test_one_of_the_bundled_codecs_keeps_pitch_and_both_say_the_same_in_codebook_0():
+    clips = [take[digit] for takes in digits.load_clips().values() for take in takes for digit in (1, 9)]
+    f0 = lambda wav: pitch_and_formants(wav)[0]
+    kept, said = {}, {}
+    for source in ("tiny", PITCH):
+        codec = Codec.load(source, 4)
+        kept[source] = np.mean([abs(f0(render(codec, clip)) - f0(clip)) < 0.05 for clip in clips])
+        said[source] = codec.encode(torch.from_numpy(np.concatenate(clips))[None, None])[0]
+    assert kept[PITCH] > 0.8 and kept["tiny"] < 0.3
+    same = (said[PITCH] == said["tiny"]).float().mean(dim=1)
+    assert same[0] > 0.6 and same[1] < 0.1
 
 
 def test_silence_and_nothing_have_no_segments():

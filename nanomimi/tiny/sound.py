@@ -16,17 +16,13 @@ from nanomimi.tiny.digits import FACTORS, SAMPLE_RATE, Voice
 
 WINDOWS = {2048: 80, 1024: 64, 512: 40, 256: 32, 128: 20}  # samples: mel bands
 FLOOR = 3e-4  # mean amplitude of a mel band, about -70 dB: lower levels count as silence
-BANDS, PARTS = 12, 2  # of the envelope of a frame: mel bands, and parts of its time
-ENVELOPE = BANDS * PARTS
 STEP = 0.05  # of the recogniser's grid of voice factors
 
 
 def log_mel(wav: Tensor, window_size: int, bands: int) -> Tensor:
     """(B, S) -> (B, bands, windows): log mean amplitude of the mel bands."""
-    window = torch.hann_window(window_size, device=wav.device)
-    stft = torch.stft(wav, window_size, window_size // 4, window=window, return_complex=True)
     weights = _mel_weights(window_size, bands).to(wav.device)
-    return torch.log(FLOOR + weights @ (stft.abs() / window.sum()))
+    return torch.log(FLOOR + weights @ _stft(wav, window_size).abs())
 
 
 def mel_distance(wav: Tensor, target: Tensor) -> Tensor:
@@ -35,17 +31,21 @@ def mel_distance(wav: Tensor, target: Tensor) -> Tensor:
     return torch.stack(scales).mean()
 
 
-def envelope(wav: Tensor, frames: int) -> Tensor:
-    """(B, 1, S) -> (B, T, ENVELOPE): log-mels in bands too wide to resolve pitch."""
-    bands = torch.nn.functional.adaptive_avg_pool1d(log_mel(wav[:, 0], 1024, BANDS), frames * PARTS)
-    return bands.unflatten(2, (frames, PARTS)).permute(0, 2, 3, 1).flatten(2)
-
-
 def low_error(out: Tensor, wav: Tensor) -> Tensor:
-    """Energy of out - wav below 1.5 kHz, as a share of wav's: mean over (B, 1, S)."""
-    spectrum = lambda x: torch.fft.rfft(x, norm="forward")[..., : 1500 * x.shape[-1] // SAMPLE_RATE]
-    low = lambda x: spectrum(x).abs().square().sum(dim=-1)
-    return (low(out - wav) / (low(wav) + 1e-4)).mean()  # -40 dB: crops of silence count little
+    """Error below 1.5 kHz, in windows that resolve harmonics, as a share of energy; both (B, 1, S).
+
+    Magnitudes, which hear pitch, count more than the waveform: a phase costs bits.
+    """
+    power = lambda x: x.abs().square().mean(dim=2).sum(dim=1)
+    share = lambda a, b: (0.7 * power(a.abs() - b.abs()) + 0.3 * power(a - b)) / (power(b) + 1e-4)
+    low = lambda size: [_stft(x[:, 0], size)[:, : size * 1500 // SAMPLE_RATE] for x in (out, wav)]
+    return torch.stack([share(*low(size)) for size in (2048, 1024)]).mean()  # 1e-4: for silence
+
+
+def _stft(wav: Tensor, size: int) -> Tensor:
+    """(B, S) -> (B, bins, windows), complex: weighted means, not sums."""
+    window = torch.hann_window(size, device=wav.device)
+    return torch.stft(wav, size, size // 4, window=window / window.sum(), return_complex=True)
 
 
 @functools.cache

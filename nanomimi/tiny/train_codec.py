@@ -4,10 +4,11 @@ It hears the bundled digits and the given audio. Held out are every tenth file, 
 the takes that digits.py holds out. `prepare.py --codec` takes the file runs/codec/mimi.safetensors.
 
 The loss is the L1 distance of log-mels, which keeps no pitch. `--waveform` adds the error below 1.5
-kHz, which does; codebook 0 then learns only what is said: a linear probe predicts the envelope from
-it (sound.py). Kyutai's learns from WavLM, the rest from discriminators (arXiv 2410.00037, 3.3).
+kHz, which does. With `--init_from`, codebook 0 then stays what it is in that codec, its teacher.
+Kyutai's teacher was WavLM; the other codebooks learned from discriminators (arXiv 2410.00037, 3.3).
 """
 
+import copy
 import json
 import math
 import time
@@ -26,9 +27,8 @@ from nanomimi.config import Config, option, run_script
 from nanomimi.distributed import catch_signals, resolve_device
 from nanomimi.files import load_tensors, lock, replacing, save_tensors
 from nanomimi.tiny import digits, sound
-from nanomimi.tiny.sound import mel_distance, pitch_and_formants
+from nanomimi.tiny.sound import SAMPLE_RATE, mel_distance, pitch_and_formants
 
-RATE = digits.SAMPLE_RATE
 TRAINING = "training.safetensors"
 
 
@@ -45,7 +45,6 @@ class CodecConfig(Config):
     max_steps: int = option(9000, "optimizer steps", at_least=1)
     waveform: float = option(0.0, "weight of the error that keeps pitch", at_least=0)
     lr: float = option(1.5e-3, "peak learning rate; a cosine ends at a twentieth", above=0)
-    plain_steps: int = option(1000, "steps until all is quantized, if not --init_from", at_least=1)
     save_every: int = option(1000, "steps between checkpoints and evaluations", at_least=1)
     resume: bool = option(False, "continue from the last checkpoint in --out")
     seed: int = option(0, "seed of weights, data and crops", at_least=0)
@@ -60,11 +59,11 @@ def load_audio(config: CodecConfig, share: float, held_out: bool) -> Tensor:
     files = files[::10] if held_out else [file for i, file in enumerate(files) if i % 10]
     kinds = [digits.KNOWN, digits.UNHEARD] if held_out else [digits.TRAIN]
     say = lambda: digits.utter(clips, rng.integers(0, 10, size=6), rng.choice(kinds), rng).wav
-    wavs, own, total, limit = [], 0, 0, config.minutes * 60 * RATE / (10 if held_out else 1)
+    wavs, own, total, limit = [], 0, 0, config.minutes * 60 * SAMPLE_RATE / (10 if held_out else 1)
     while (files or share == 1) and total < limit:
         speaks = own < share * (total + 1)
         try:
-            wavs.append(say() if speaks else read_audio(files.pop(), RATE))
+            wavs.append(say() if speaks else read_audio(files.pop(), SAMPLE_RATE))
         except (ValueError, OSError) as error:
             print(f"skipped: {error}")
             continue
@@ -85,6 +84,8 @@ def crops(wav: Tensor, count: int, size: int, rng: np.random.Generator, vary: bo
         gain = 10 ** (rng.uniform(-10, 3) / 20) if vary else 1.0  # from -10 to 3 dB
         start = rng.integers(0, len(wav) - length)
         spectrum = torch.fft.rfft(wav[start : start + length])
+        if vary and rng.random() < 0.3:  # a telephone's band, or a cheap microphone's
+            spectrum[int(rng.uniform(3400, 8000) * length / SAMPLE_RATE) :] = 0
         pieces.append(gain * size / length * torch.fft.irfft(spectrum, size))
     return torch.stack(pieces)[:, None]
 
@@ -100,23 +101,25 @@ def initialise(mimi: MimiModel) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def losses(mimi: MimiModel, wav: Tensor, waveform: float) -> tuple[Tensor, Tensor]:
+def losses(models: tuple, wav: Tensor, waveform: float) -> tuple[Tensor, Tensor]:
     """Of (B, 1, S), with the codebooks in use: the loss, and the mel distance in it."""
+    mimi, teacher = models  # which is None for an ordinary codebook 0
     latent, q = mimi.encode_to_latent(wav, quantize=False), mimi.num_codebooks  # (B, D, T)
-    first = mimi.quantizer.rvq_first(latent, mimi.frame_rate)
-    # Detached: a language model hardly finds words in a codebook that carries pitch and phase, too.
-    quantized, penalty = first.x.detach() if waveform else first.x, first.penalty / q
+    first = mimi.quantizer.rvq_first.train(not teacher)(latent, mimi.frame_rate)
+    quantized, penalty, away = first.x, first.penalty / q, 0.0
+    if teacher:
+        # A language model hardly finds words in a codebook that learns to render pitch.
+        quantized, penalty, project = first.x.detach(), 0.0, teacher.quantizer.rvq_first.input_proj
+        said = project(teacher.encode_to_latent(wav, quantize=False))
+        away = (project(latent) - said).square().mean() / said.var()
     if q > 1:
         rest = mimi.quantizer.rvq_rest(latent, mimi.frame_rate)
         quantized, penalty = quantized + rest.x, penalty + rest.penalty * (q - 1) / q
     out = mimi.decoder(mimi.decoder_transformer(mimi.upsample(quantized))[0])[..., : wav.shape[-1]]
     distance = mel_distance(out[:, 0], wav[:, 0])
-    loss = distance + 0.1 * (out - wav).abs().mean() + 0.05 * penalty
-    if waveform:
-        said = mimi.probe(first.x.transpose(1, 2)) - sound.envelope(wav, latent.shape[2])
-        # Two codebooks have no room for a waveform.
-        loss = loss + said.abs().mean() + (waveform * sound.low_error(out, wav) if q > 2 else 0.0)
-    return loss, distance
+    loss = distance + 0.1 * (out - wav).abs().mean() + 0.05 * penalty + away
+    # Two codebooks have no room for a waveform.
+    return loss + (waveform * sound.low_error(out, wav) if q > 2 else 0.0), distance
 
 
 @torch.no_grad()
@@ -138,8 +141,7 @@ def evaluate(mimi: MimiModel, wav: Tensor) -> dict:
 
 def save(mimi: MimiModel, optimizer: optim.AdamW, out: Path, report: dict) -> None:
     """Write mimi.safetensors (float16), mimi.json and, for --resume, training.safetensors."""
-    own = {n: t.half() for n, t in mimi.state_dict().items() if not n.startswith("probe.")}
-    save_tensors(own, out / "mimi.safetensors")
+    save_tensors({n: t.half() for n, t in mimi.state_dict().items()}, out / "mimi.safetensors")
     with replacing(out / "mimi.json") as new:
         new.write_text(json.dumps(report, indent=1) + "\n")
     save_tensors(state(mimi, optimizer, report["step"], report["seconds"]), out / TRAINING)
@@ -164,24 +166,24 @@ def load(mimi: MimiModel, optimizer: optim.AdamW, out: Path, shape: dict) -> dic
 
 
 def training_step(
-    config: CodecConfig, step: int, mimi: MimiModel, optimizer: optim.AdamW, pool: Tensor
+    config: CodecConfig, step: int, models: tuple, optimizer: optim.AdamW, pool: Tensor
 ) -> float:
     """Update the weights on crops of pool (S,); returns the mel distance."""
+    mimi = models[0]
     rng = np.random.default_rng((config.seed, step))  # a resumed run draws the same
     torch.manual_seed(int(rng.integers(2**32)))  # moshi's generator
     # Half of the steps use all codebooks, the others 1..Q: few must be intelligible, too.
     total = mimi.total_codebooks
     mimi.set_num_codebooks(total if rng.random() < 0.5 else int(rng.integers(1, total + 1)))
     # If all clips are quantized from the start, the latent collapses to a few points.
-    plain = 0.0 if config.init_from else max(0.0, 1 - step / config.plain_steps)
     for rvq in (mimi.quantizer.rvq_first, mimi.quantizer.rvq_rest):
-        rvq.no_quantization_rate = plain
+        rvq.no_quantization_rate = 0.0 if config.init_from else max(0.0, 1 - step / 1000)
         for layer in rvq.vq.layers:  # steps until moshi replaces unused entries: not saved
             layer._codebook._next_unused_check = 5 - step % 5
     decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / config.max_steps))
     optimizer.param_groups[0]["lr"] = config.lr * min((step + 1) / 100, decay)
     wav = crops(pool, config.batch_size, config.frames * mimi.frame_size, rng, vary=True)
-    loss, distance = losses(mimi, wav, config.waveform)
+    loss, distance = losses(models, wav, config.waveform)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(mimi.parameters(), 1.0)
     if not math.isfinite(distance.item() + norm.item()):
@@ -194,10 +196,7 @@ def training_step(
 
 
 def train(config: CodecConfig) -> dict:
-    """Train in float32, with a checkpoint every `save_every` steps; returns the report saved.
-
-    Raises FloatingPointError where it diverges, SystemExit after SIGTERM or SIGINT, once saved.
-    """
+    """Train in float32; returns the report saved. FloatingPointError; SystemExit once stopped."""
     # bfloat16 fails on CPUs with AMX: oneDNN of torch 2.9 computes one of the convolutions wrongly.
     device, shape = resolve_device(config.device), read_shape(config.shape)
     torch.manual_seed(config.seed)
@@ -205,10 +204,11 @@ def train(config: CodecConfig) -> dict:
     initialise(mimi)
     if not config.resume and (config.out / "mimi.safetensors").exists():
         raise ValueError(f"{config.out} holds a codec already; --resume it or change --out")
-    if config.init_from and not config.resume:
+    if config.init_from:
         like, remedy = mimi.state_dict(), "it must have the shape that --shape gives"
         mimi.load_state_dict(load_tensors(config.init_from, like, remedy, device))
-    mimi.probe = nn.Linear(shape["quantizer"]["output_dimension"], sound.ENVELOPE, device=device)
+    taught = config.init_from and config.waveform
+    teacher = copy.deepcopy(mimi).eval().requires_grad_(False) if taught else None
     optimizer = optim.AdamW(mimi.parameters(), lr=config.lr, betas=(0.8, 0.99), fused=True)
     report = load(mimi, optimizer, config.out, shape) if config.resume else dict(step=0, seconds=0)
     pool = load_audio(config, config.digits if config.audio else 1.0, held_out=False).to(device)
@@ -218,13 +218,13 @@ def train(config: CodecConfig) -> dict:
         tests[source] = crops(load_audio(config, share, held_out=True), 32, size, rng, vary=False)
     with lock(config.out), catch_signals() as caught:
         for step in (bar := tqdm(range(report["step"], config.max_steps), unit="step")):
-            distance = training_step(config, step, mimi, optimizer, pool)
+            distance = training_step(config, step, (mimi, teacher), optimizer, pool)
             bar.set_postfix(mel_distance=f"{distance:.3f}", refresh=False)
             if (step + 1) % config.save_every == 0 or step + 1 == config.max_steps or caught:
                 numbers = {name: evaluate(mimi, wav.to(device)) for name, wav in tests.items()}
                 bar.write(f"step {step + 1}: {numbers}")
-                report = {"mimi": shape, "step": step + 1, "seconds": round(time.time() - began)}
-                report |= {"held_out": numbers}
+                seconds = round(time.time() - began)
+                report = dict(mimi=shape, step=step + 1, seconds=seconds, held_out=numbers)
                 save(mimi, optimizer, config.out, report)
             if caught:
                 raise SystemExit(128 + caught[0])
