@@ -154,7 +154,7 @@ def test_every_codebook_is_used_and_more_codebooks_are_nearer():
 
 
 def test_one_of_the_bundled_codecs_keeps_pitch_and_both_say_the_same_in_codebook_0():
-    clips = [take[digit] for takes in digits.load_clips().values() for take in takes for digit in (1, 9)]
+    clips = [take[d] for takes in digits.load_clips().values() for take in takes for d in (1, 9)]
     f0 = lambda wav: pitch_and_formants(wav)[0]
     kept, said = {}, {}
     for source in ("tiny", PITCH):

@@ -262,10 +262,10 @@ def test_plain_crops_are_pieces_and_varied_ones_differ_in_pitch_and_level():
     assert 798 < pitches.min() < 830 and 1210 < pitches.max() < 1252
     decibels = 20 * torch.log10(spectra.abs().amax(dim=1) / (0.3 * size / 4))
     assert -11.5 < decibels.min() < -8 and 1 < decibels.max() < 3.1
-    # Three of ten have the band of a telephone or of a cheap microphone, also 1.25 times as wide.
+    # Three of ten have the band of a telephone or of a cheap microphone, at whatever speed.
     heard = torch.fft.rfft(crops(noise, 200, size, rng, vary=True)[:, 0]).abs() > 0.01
     near = lambda hz: heard[:, int(0.99 * hz * size / rate) : int(hz * size / rate)].any(dim=1)
-    assert near(2700).all() and (~near(9500)).float().mean() == pytest.approx(0.3, abs=0.1)
+    assert near(3390).all() and (~near(8100)).float().mean() == pytest.approx(0.3, abs=0.1)
     with pytest.raises(ValueError, match="lower --frames"):
         crops(wave, 1, 2 * rate, rng, vary=False)
 

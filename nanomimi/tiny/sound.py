@@ -34,12 +34,12 @@ def mel_distance(wav: Tensor, target: Tensor) -> Tensor:
 def low_error(out: Tensor, wav: Tensor) -> Tensor:
     """Error below 1.5 kHz, in windows that resolve harmonics, as a share of energy; both (B, 1, S).
 
-    Magnitudes, which hear pitch, count more than the waveform: a phase costs bits.
+    Magnitudes, which show pitch, weigh most: phase costs bits. Crops of silence count little.
     """
     power = lambda x: x.abs().square().mean(dim=2).sum(dim=1)
     share = lambda a, b: (0.7 * power(a.abs() - b.abs()) + 0.3 * power(a - b)) / (power(b) + 1e-4)
     low = lambda size: [_stft(x[:, 0], size)[:, : size * 1500 // SAMPLE_RATE] for x in (out, wav)]
-    return torch.stack([share(*low(size)) for size in (2048, 1024)]).mean()  # 1e-4: for silence
+    return torch.stack([share(*low(size)) for size in (2048, 1024)]).mean()
 
 
 def _stft(wav: Tensor, size: int) -> Tensor:

@@ -85,7 +85,7 @@ def crops(wav: Tensor, count: int, size: int, rng: np.random.Generator, vary: bo
         start = rng.integers(0, len(wav) - length)
         spectrum = torch.fft.rfft(wav[start : start + length])
         if vary and rng.random() < 0.3:  # a telephone's band, or a cheap microphone's
-            spectrum[int(rng.uniform(3400, 8000) * length / SAMPLE_RATE) :] = 0
+            spectrum[int(rng.uniform(3400, 8000) * size / SAMPLE_RATE) :] = 0
         pieces.append(gain * size / length * torch.fft.irfft(spectrum, size))
     return torch.stack(pieces)[:, None]
 
@@ -103,21 +103,21 @@ def initialise(mimi: MimiModel) -> None:
 
 def losses(models: tuple, wav: Tensor, waveform: float) -> tuple[Tensor, Tensor]:
     """Of (B, 1, S), with the codebooks in use: the loss, and the mel distance in it."""
-    mimi, teacher = models  # which is None for an ordinary codebook 0
+    mimi, teacher = models  # the teacher may be None
     latent, q = mimi.encode_to_latent(wav, quantize=False), mimi.num_codebooks  # (B, D, T)
     first = mimi.quantizer.rvq_first.train(not teacher)(latent, mimi.frame_rate)
-    quantized, penalty, away = first.x, first.penalty / q, 0.0
+    quantized, penalty, distillation = first.x, first.penalty / q, 0.0
     if teacher:
         # A language model hardly finds words in a codebook that learns to render pitch.
-        quantized, penalty, project = first.x.detach(), 0.0, teacher.quantizer.rvq_first.input_proj
-        said = project(teacher.encode_to_latent(wav, quantize=False))
-        away = (project(latent) - said).square().mean() / said.var()
+        quantized, project = first.x.detach(), teacher.quantizer.rvq_first.input_proj
+        target = project(teacher.encode_to_latent(wav, quantize=False))
+        distillation = (project(latent) - target).square().mean() / target.var()
     if q > 1:
         rest = mimi.quantizer.rvq_rest(latent, mimi.frame_rate)
         quantized, penalty = quantized + rest.x, penalty + rest.penalty * (q - 1) / q
     out = mimi.decoder(mimi.decoder_transformer(mimi.upsample(quantized))[0])[..., : wav.shape[-1]]
     distance = mel_distance(out[:, 0], wav[:, 0])
-    loss = distance + 0.1 * (out - wav).abs().mean() + 0.05 * penalty + away
+    loss = distance + 0.1 * (out - wav).abs().mean() + 0.05 * penalty + distillation
     # Two codebooks have no room for a waveform.
     return loss + (waveform * sound.low_error(out, wav) if q > 2 else 0.0), distance
 
@@ -196,7 +196,7 @@ def training_step(
 
 
 def train(config: CodecConfig) -> dict:
-    """Train in float32; returns the report saved. FloatingPointError; SystemExit once stopped."""
+    """Train in float32; returns the report. Raises FloatingPointError; SystemExit if stopped."""
     # bfloat16 fails on CPUs with AMX: oneDNN of torch 2.9 computes one of the convolutions wrongly.
     device, shape = resolve_device(config.device), read_shape(config.shape)
     torch.manual_seed(config.seed)
