@@ -3,9 +3,9 @@
 It hears the bundled digits and the given audio. Held out are every tenth file, and the voice and
 the takes that digits.py holds out. `prepare.py --codec` takes the file runs/codec/mimi.safetensors.
 
-The loss is the L1 distance of log-mels, which keeps no pitch. `--waveform` adds the error below 1.5
-kHz, which does. With `--init_from`, codebook 0 then stays what it is in that codec, its teacher.
-Kyutai's teacher was WavLM; the other codebooks learned from discriminators (arXiv 2410.00037, 3.3).
+The L1 distance of log-mels keeps no pitch; `--waveform` adds the error below 1.5 kHz, which does.
+With `--init_from`, that codec is then a teacher: the codes of codebook 0 stay, and it has to hear in
+the output what it hears in the input. Kyutai's teacher was WavLM (arXiv 2410.00037, 3.3).
 """
 
 import copy
@@ -27,7 +27,6 @@ from nanomimi.config import Config, option, run_script
 from nanomimi.distributed import catch_signals, resolve_device
 from nanomimi.files import load_tensors, lock, replacing, save_tensors
 from nanomimi.tiny import digits, sound
-from nanomimi.tiny.sound import SAMPLE_RATE, mel_distance, pitch_and_formants
 
 TRAINING = "training.safetensors"
 
@@ -59,11 +58,11 @@ def load_audio(config: CodecConfig, share: float, held_out: bool) -> Tensor:
     files = files[::10] if held_out else [file for i, file in enumerate(files) if i % 10]
     kinds = [digits.KNOWN, digits.UNHEARD] if held_out else [digits.TRAIN]
     say = lambda: digits.utter(clips, rng.integers(0, 10, size=6), rng.choice(kinds), rng).wav
-    wavs, own, total, limit = [], 0, 0, config.minutes * 60 * SAMPLE_RATE / (10 if held_out else 1)
+    wavs, own, total, limit = [], 0, 0, config.minutes * (6 if held_out else 60) * sound.SAMPLE_RATE
     while (files or share == 1) and total < limit:
         speaks = own < share * (total + 1)
         try:
-            wavs.append(say() if speaks else read_audio(files.pop(), SAMPLE_RATE))
+            wavs.append(say() if speaks else read_audio(files.pop(), sound.SAMPLE_RATE))
         except (ValueError, OSError) as error:
             print(f"skipped: {error}")
             continue
@@ -85,7 +84,7 @@ def crops(wav: Tensor, count: int, size: int, rng: np.random.Generator, vary: bo
         start = rng.integers(0, len(wav) - length)
         spectrum = torch.fft.rfft(wav[start : start + length])
         if vary and rng.random() < 0.3:  # a telephone's band, or a cheap microphone's
-            spectrum[int(rng.uniform(3400, 8000) * size / SAMPLE_RATE) :] = 0
+            spectrum[int(rng.uniform(3400, 8000) * size / sound.SAMPLE_RATE) :] = 0
         pieces.append(gain * size / length * torch.fft.irfft(spectrum, size))
     return torch.stack(pieces)[:, None]
 
@@ -106,18 +105,21 @@ def losses(models: tuple, wav: Tensor, waveform: float) -> tuple[Tensor, Tensor]
     mimi, teacher = models  # the teacher may be None
     latent, q = mimi.encode_to_latent(wav, quantize=False), mimi.num_codebooks  # (B, D, T)
     first = mimi.quantizer.rvq_first.train(not teacher)(latent, mimi.frame_rate)
-    quantized, penalty, distillation = first.x, first.penalty / q, 0.0
+    quantized, penalty = first.x, first.penalty / q
     if teacher:
         # A language model hardly finds words in a codebook that learns to render pitch.
-        quantized, project = first.x.detach(), teacher.quantizer.rvq_first.input_proj
-        target = project(teacher.encode_to_latent(wav, quantize=False))
-        distillation = (project(latent) - target).square().mean() / target.var()
+        quantized = mimi.quantizer.rvq_first.decode(first.codes)
+        hear, project = teacher.encode_to_latent, teacher.quantizer.rvq_first.input_proj
+        target = project(hear(wav, quantize=False))
+        miss = lambda latent: (project(latent) - target).square().mean() / target.var()
     if q > 1:
         rest = mimi.quantizer.rvq_rest(latent, mimi.frame_rate)
         quantized, penalty = quantized + rest.x, penalty + rest.penalty * (q - 1) / q
     out = mimi.decoder(mimi.decoder_transformer(mimi.upsample(quantized))[0])[..., : wav.shape[-1]]
-    distance = mel_distance(out[:, 0], wav[:, 0])
-    loss = distance + 0.1 * (out - wav).abs().mean() + 0.05 * penalty + distillation
+    distance = sound.mel_distance(out[:, 0], wav[:, 0])
+    loss = distance + 0.1 * (out - wav).abs().mean() + 0.05 * penalty
+    if teacher:
+        loss = loss + miss(latent) + miss(hear(out, quantize=False))
     # Two codebooks have no room for a waveform.
     return loss + (waveform * sound.low_error(out, wav) if q > 2 else 0.0), distance
 
@@ -126,12 +128,12 @@ def losses(models: tuple, wav: Tensor, waveform: float) -> tuple[Tensor, Tensor]
 def evaluate(mimi: MimiModel, wav: Tensor) -> dict:
     """Mel distance, pitch (share of crops with F0 within 5%) and usage (exp(entropy) / size)."""
     mimi.eval()
-    f0 = lambda x: np.array([pitch_and_formants(each)[0] for each in x[:, 0].cpu().numpy()])
+    f0 = lambda x: np.array([sound.pitch_and_formants(each)[0] for each in x[:, 0].cpu().numpy()])
     distances, pitch, total, own = {}, {}, mimi.total_codebooks, f0(wav)
     for q in [2**i for i in range(10) if 2**i < total] + [total]:
         mimi.set_num_codebooks(q)
         out = mimi.decode(codes := mimi.encode(wav))
-        distances[q] = round(mel_distance(out[:, 0], wav[:, 0]).item(), 4)
+        distances[q] = round(sound.mel_distance(out[:, 0], wav[:, 0]).item(), 4)
         pitch[q] = round(float(np.mean(np.abs(f0(out) - own) < 0.05)), 3)
     mimi.train()
     share = nn.functional.one_hot(codes, mimi.cardinality).float().mean(dim=(0, 2))  # (Q, V)
@@ -165,9 +167,7 @@ def load(mimi: MimiModel, optimizer: optim.AdamW, out: Path, shape: dict) -> dic
     return {key: int(saved[key]) for key in ("step", "seconds")}
 
 
-def training_step(
-    config: CodecConfig, step: int, models: tuple, optimizer: optim.AdamW, pool: Tensor
-) -> float:
+def training_step(config: CodecConfig, step: int, models: tuple, optimizer, pool: Tensor) -> float:
     """Update the weights on crops of pool (S,); returns the mel distance."""
     mimi = models[0]
     rng = np.random.default_rng((config.seed, step))  # a resumed run draws the same
