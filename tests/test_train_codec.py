@@ -145,11 +145,11 @@ def test_the_loss_is_of_what_the_codec_renders(random_codec, q):
 def test_a_teacher_trains_the_encoder_and_hears_the_output(random_codec, q):
     teacher, wav = copy.deepcopy(random_codec.mimi), 0.1 * torch.randn(2, 1, 4 * 1920)
 
-    def loss_and_gradients(teacher) -> tuple[float, list[bool]]:
+    def loss_and_gradients(teacher, waveform: float = 1.0) -> tuple[float, list[bool]]:
         """The loss, and whether a gradient reaches codebook 0, the others and both coders."""
         mimi = copy.deepcopy(random_codec.mimi).requires_grad_(True).train()
         mimi.set_num_codebooks(q)
-        loss, _ = train_codec.losses((mimi, teacher), wav, 1.0)
+        loss, _ = train_codec.losses((mimi, teacher), wav, waveform)
         loss.backward()
         first, rest = mimi.quantizer.rvq_first, mimi.quantizer.rvq_rest
         coders = mimi.encoder.model[0].conv.conv, mimi.decoder.model[0].conv.conv
@@ -157,9 +157,11 @@ def test_a_teacher_trains_the_encoder_and_hears_the_output(random_codec, q):
         grads = [module.weight.grad for module in modules]
         return loss.item(), [grad is not None and bool(grad.any()) for grad in grads]
 
-    before, alone = loss_and_gradients(None)
+    _, alone = loss_and_gradients(None)
     agreed, same = loss_and_gradients(teacher)
-    # A teacher that is the codec itself finds fault only with the output.
+    # A teacher that is the codec itself finds fault only with the output. Beside the large error of
+    # the waveform of noise, that would be lost in rounding.
+    (less, _), (more, _) = (loss_and_gradients(each, waveform=0.0) for each in (None, teacher))
     own = copy.deepcopy(random_codec.mimi)
     own.set_num_codebooks(q)
     heard, target = (
@@ -167,7 +169,7 @@ def test_a_teacher_trains_the_encoder_and_hears_the_output(random_codec, q):
         for x in (own.decode(own.encode(wav)), wav)
     )
     miss = (heard - target).square().mean() / target.var()
-    assert agreed - before == pytest.approx(miss.item(), rel=0.01) and miss > 1e-3
+    assert more - less == pytest.approx(miss.item(), rel=0.01) and miss > 1e-3
     assert alone == [True, True, q > 1, True, True]
     assert same == [False, True, q > 1, q > 1, True]
     for parameter in teacher.encoder.parameters():
@@ -184,7 +186,8 @@ def test_training_with_a_teacher_keeps_codebook_0_and_moves_the_others(config, t
     moved = {name for name in start if not torch.equal(start[name], end[name])}
     first = {name for name in moved if name.startswith("quantizer.rvq_first.")}
     assert first == {"quantizer.rvq_first.output_proj.weight"}  # what it gives the decoder
-    assert {name.split(".")[0] for name in moved - first} >= {"encoder", "decoder", "quantizer"}
+    for part in ("quantizer.rvq_rest.vq", "encoder.", "decoder."):
+        assert any(name.startswith(part) for name in moved)
 
 
 def test_evaluation_counts_the_crops_that_keep_their_pitch(random_codec, monkeypatch):

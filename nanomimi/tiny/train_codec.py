@@ -4,8 +4,8 @@ It hears the bundled digits and the given audio. Held out are every tenth file, 
 the takes that digits.py holds out. `prepare.py --codec` takes the file runs/codec/mimi.safetensors.
 
 The L1 distance of log-mels keeps no pitch; `--waveform` adds the error below 1.5 kHz, which does.
-With `--init_from`, that codec is then a teacher: the codes of codebook 0 stay, and it has to hear in
-the output what it hears in the input. Kyutai's teacher was WavLM (arXiv 2410.00037, 3.3).
+With `--init_from`, that codec is then a teacher: codebook 0 keeps its entries, and the teacher has
+to hear in the output what it hears in the input. Kyutai's teacher was WavLM (arXiv 2410.00037, 3.3).
 """
 
 import copy
