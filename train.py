@@ -46,7 +46,7 @@ class TrainConfig(Config):
     n_layer: int = option(4, "layers", at_least=1)
     n_head: int = option(4, "attention heads", at_least=1)
     n_kv_head: int | None = option(None, "key-value heads, default: n_head", at_least=1)
-    n_embd: int = option(192, "width", at_least=2)
+    n_embd: int = option(128, "width", at_least=2)
     n_hidden: int | None = option(None, "width of the MLP, default: 8/3 n_embd", at_least=1)
     rope_theta: float = option(10000.0, "base of the rotary position embedding", above=1)
     tied: bool | None = option(None, "flat only: the head shares the embedding's weights")

@@ -25,7 +25,7 @@ from nanomimi.hierarchical import HierarchicalLM
 from nanomimi.llama import LlamaConfig
 
 SHAPES = [  # device, name, batch size, tied; for all models Llama, codebooks, codes, frames
-    ("cpu", "default", 4, False, LlamaConfig(4, 4, 4, 192, 512), 4, 256, 128),
+    ("cpu", "small", 4, False, LlamaConfig(4, 4, 4, 192, 512), 4, 256, 128),
     ("cpu", "A", 2, True, LlamaConfig(6, 6, 6, 384, 1024), 4, 2048, 128),
     ("cpu", "B", 2, True, LlamaConfig(6, 6, 2, 384, 1024), 8, 2048, 64),
     ("cuda", "97M", 16, False, LlamaConfig(12, 12, 12, 768, 2048), 4, 2048, 256),

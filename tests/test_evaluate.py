@@ -78,7 +78,7 @@ def one_voice(tmp_path_factory) -> Path:
                 codes = codec.encode(torch.from_numpy(u.wav)[None, None])[0]
                 writer.add(u.split, codes, file="rms", group="rms")
     shape = dict(n_layer=2, n_embd=64, max_frames=64, dtype="float32", device="cpu")
-    steps = dict(max_steps=60, warmup_steps=5)
+    steps = dict(max_steps=200, warmup_steps=5)
     train(TrainConfig(data=(folder / "data",), out=folder / "run", **shape, **steps))
     return folder / "run"
 

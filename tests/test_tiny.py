@@ -8,13 +8,13 @@ from nanomimi.codec import TINY, Codec
 from nanomimi.tiny import digits
 from nanomimi.tiny.sound import clip_mel, dtw, mel_distance, pitch_and_formants, render, segments
 
-PITCH = str(TINY.with_name("pitch.safetensors"))
+PLAIN = str(TINY.with_name("plain.safetensors"))
 
 
 def test_the_bundled_files_are_as_small_as_promised():
     size = lambda folder, pattern: sum(path.stat().st_size for path in folder.glob(pattern))
     assert size(digits.FOLDER, "*") < 2.5e6
-    assert size(TINY.parent, "mimi.*") < 6e6 and size(TINY.parent, "pitch.*") < 6e6
+    assert size(TINY.parent, "mimi.*") < 6e6 and size(TINY.parent, "plain.*") < 6e6
 
 
 def test_seven_voices_say_ten_digits_at_three_rates_and_pitches_and_differ_in_pitch():
@@ -131,7 +131,7 @@ def resynthesis(
     return [(digit, out[start:end]) for digit, start, end in places]
 
 
-@pytest.mark.parametrize("source", ["tiny", PITCH])
+@pytest.mark.parametrize("source", ["tiny", PLAIN])
 @pytest.mark.parametrize("num_codebooks, floor", [(8, 0.97), (4, 0.93)])
 def test_a_digit_sounds_most_like_itself_after_a_bundled_codec(source, num_codebooks, floor):
     codec, rng, right = Codec.load(source, num_codebooks), np.random.default_rng(11), []
@@ -153,20 +153,20 @@ def test_every_codebook_is_used_and_more_codebooks_are_nearer():
     assert distances == sorted(distances, reverse=True)
 
 
-def test_one_of_the_bundled_codecs_keeps_pitch():
+def test_the_bundled_codec_keeps_pitch_and_the_plain_one_does_not():
     clips = [take[d] for takes in digits.load_clips().values() for take in takes for d in (1, 9)]
     f0 = lambda wav: pitch_and_formants(wav)[0]
     kept = {}
-    for source in ("tiny", PITCH):
+    for source in ("tiny", PLAIN):
         codec = Codec.load(source, 4)
         kept[source] = np.mean([abs(f0(render(codec, clip)) - f0(clip)) < 0.05 for clip in clips])
-    assert kept[PITCH] > 0.8 and kept["tiny"] < 0.3
+    assert kept["tiny"] > 0.8 and kept[PLAIN] < 0.3
 
 
 def test_its_codebook_0_says_the_digit_in_a_voice_that_it_has_not_heard():
     """By naive Bayes: of which digit are the codes, in any order, in the voices of training?"""
     right = {}
-    for source in ("tiny", PITCH):
+    for source in ("tiny", PLAIN):
         codec, counts, held_out = Codec.load(source, 1), torch.full((10, 256), 0.1), []
         for voice, takes in digits.load_clips().items():
             for digit, clip in (pair for take in takes[1::3] for pair in enumerate(take)):
@@ -178,7 +178,7 @@ def test_its_codebook_0_says_the_digit_in_a_voice_that_it_has_not_heard():
         logs = (counts / counts.sum(dim=1, keepdim=True)).log()
         said = [int(logs[:, codes].mean(dim=1).argmax()) == digit for digit, codes in held_out]
         right[source] = np.mean(said)
-    assert right[PITCH] > 0.75 > right["tiny"] + 0.1
+    assert right["tiny"] > 0.75 > right[PLAIN] + 0.1
 
 
 def test_silence_and_nothing_have_no_segments():
