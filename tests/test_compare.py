@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from nanomimi import DatasetWriter
 from nanomimi import compare as compare_module
 from nanomimi.compare import CompareConfig, Plan, compare
 from nanomimi.config import parse
@@ -86,7 +88,18 @@ def test_holms_correction():
     assert holm({"a": 0.9, "b": 0.6}) == {"b": 1.0, "a": 1.0}
 
 
-def test_the_plan_is_run_once_and_resumed(random_data, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def constant_data(random_codec, tmp_path) -> Path:
+    """Code 0 alone. From random codes there is nothing to learn, so the least rate is the best."""
+    with DatasetWriter(tmp_path / "constant", random_codec) as writer:
+        for i in range(40):
+            writer.add("val" if i % 4 == 0 else "train", torch.zeros(6, 9).long(), f"{i}", "one")
+    return tmp_path / "constant"
+
+
+def test_the_plan_is_run_once_and_resumed(
+    random_data, constant_data, tmp_path, monkeypatch, capsys
+):
     """In this process: the commands are parsed as the scripts parse them."""
     commands = []
 
@@ -102,10 +115,10 @@ def test_the_plan_is_run_once_and_resumed(random_data, tmp_path, monkeypatch, ca
 
     widths = {"F": (8, 16), "H": (8, 16), "D": (8, 16)}
     q = {name: compare_module.BY_Q[name] for name in ("F, Q = 1",)}
-    plan = Plan((1e-3, 2e-3, 3e-3), widths, (2e8,), {**compare_module.H16, **q}, range(2), 1)
+    plan = Plan((4e-3, 8e-3, 16e-3), widths, (2e8,), {**compare_module.H16, **q}, range(2), 1)
     monkeypatch.setattr(compare_module, "_execute", execute)
     monkeypatch.setitem(compare_module.PLANS, "small", plan)
-    data = dict(data=(random_data,), tune_data=(random_data,), out=tmp_path / "out")
+    data = dict(data=(random_data,), tune_data=(constant_data,), out=tmp_path / "out")
     config = CompareConfig(**data, trials=5, listen=False, jobs=1)
     compare(config)
     text = (config.out / "tables.md").read_text()
