@@ -139,6 +139,14 @@ def test_the_plan_is_run_once_and_resumed(
         flags = parse(TrainConfig, words.removeprefix("train.py ").split())
         assert flags.warmup_steps <= flags.max_steps / 5
     assert len({re.search("--out (\\S+)", words)[1] for words in trainings}) == len(trainings)
+    sizes = []
+    for name, arch in (("F", "flat"), ("H", "hierarchical"), ("D", "delay")):
+        tuned = [words for words in trainings if str(constant_data) in words and arch in words]
+        tried = sorted(float(re.search("--lr (\\S+)", words)[1]) for words in tuned)
+        chosen = next(float(cell[2]) for cell in cells if cell[:2] == [f"| {name}", "8"])
+        sizes.append(len(tried))
+        assert tried[0] < chosen < tried[-1]
+    assert min(sizes) >= 3 and max(sizes) > 3  # a grid whose best is at an edge has grown
     for picture in ("flops.svg", "consistency.svg"):
         assert "<svg" in (config.out / picture).read_text()
     count = len(commands)
