@@ -47,6 +47,7 @@ class PrepareConfig(Config):
     val_fraction: float = option(0.1, "share held out; 1: to evaluate only", above=0, at_most=1)
     split_by: Literal["file", "group"] = option("file", "hold out files, or whole speakers")
     hours: float = option(6.0, "hours of counting to compose from the bundled digits", above=0)
+    max_digits: int = option(16, "digits of the longest utterance; the shortest: half", at_least=2)
     seed: int = option(0, "seed of the split, the order and the composed digits", at_least=0)
     device: str = option("auto", "auto, cpu, cuda or mps")
     overwrite: bool = option(False, "replace what other arguments have prepared in --out")
@@ -102,7 +103,7 @@ def prepare(config: PrepareConfig) -> None:
 
 def describe(config: PrepareConfig, files: list[Path], codec: Codec) -> dict[str, Any]:
     """What the data depend on. Files are told by names and sizes, clips by their positions."""
-    names = ("num_codebooks", "val_fraction", "split_by", "hours", "seed")
+    names = ("num_codebooks", "val_fraction", "split_by", "hours", "max_digits", "seed")
     listed = repr([(str(file), file.stat().st_size) for file in files])
     clips = b"" if files else (digits.FOLDER / "index.csv").read_bytes()
     sources = {"codec": codec.sha256, "audio": hashlib.sha256(listed.encode() + clips).hexdigest()}
@@ -129,7 +130,7 @@ def from_files(files: list[Path], config: PrepareConfig, sample_rate: int) -> It
 
 def from_digits(config: PrepareConfig) -> Iterator[Recording]:
     """Composed counting; a voice at a factor, rounded to 0.05, is a group: one speaker."""
-    for u in digits.utterances(config.hours, config.val_fraction, config.seed):
+    for u in digits.utterances(config.hours, config.val_fraction, config.seed, config.max_digits):
         name = f"{u.kind}: {u.voice} {u.factor:.3f} {''.join(map(str, u.digits))}"
         group = f"{u.kind}: {u.voice} {round(20 * u.factor) / 20:.2f}"
         yield Recording(u.split, name, group, lambda wav=u.wav: wav)

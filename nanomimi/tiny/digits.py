@@ -1,14 +1,12 @@
 """Voices that count: hours of utterances composed from the bundled clips, the same in every run.
 
-In an utterance, one voice counts upwards modulo ten from a random digit, for 4 to 8 digits, at one
-pitch. The rate of every digit, the pauses and the loudness vary, and so does the *voice factor*:
-playing the utterance faster or slower moves pitch and formants together and makes many speakers of
-a voice.
+In an utterance, one voice counts upwards modulo ten from a random digit, at one pitch. The rate of
+every digit, the pauses and the loudness vary, and so does the *voice factor*: playing the utterance
+faster or slower moves pitch and formants together and makes many speakers of a voice.
 
-Never in training: the voice kal, the middle fifth of the factors of every other voice, and the take
-at plain rate and pitch of every voice. Validation has these takes alone, half in voices and at
-factors of training (KNOWN), half in kal or at held-out factors (UNHEARD). Training hears all 50
-sequences of digits.
+Never in training: the voice kal, the middle fifth of every other voice's factors, and every voice's
+take at plain rate and pitch. Validation has these takes alone, half in voices and at factors of
+training (KNOWN), half in kal or at held-out factors (UNHEARD). Training hears all digit sequences.
 """
 
 import csv
@@ -101,12 +99,13 @@ def utter(voices: dict[str, Voice], digits: Sequence[int], kind: str, rng: Rng) 
     return Utterance("train" if kind == TRAIN else "val", kind, name, factor, tuple(digits), wav)
 
 
-def utterances(hours: float, val_fraction: float, seed: int) -> Iterator[Utterance]:
+def utterances(
+    hours: float, val_fraction: float, seed: int, max_digits: int = 16
+) -> Iterator[Utterance]:
     """Utterances that count, at least `hours` of audio in all; equal arguments give equal audio."""
     voices, rng, seconds = load_clips(), np.random.default_rng(seed), 0.0
     while seconds < hours * 3600:
         kind = (KNOWN, UNHEARD)[rng.integers(2)] if rng.random() < val_fraction else TRAIN
-        start, count = int(rng.integers(10)), int(rng.integers(4, 9))
-        utterance = utter(voices, [(start + i) % 10 for i in range(count)], kind, rng)
-        seconds += len(utterance.wav) / SAMPLE_RATE
-        yield utterance
+        start, count = int(rng.integers(10)), int(rng.integers(max_digits // 2, max_digits + 1))
+        yield (u := utter(voices, [(start + i) % 10 for i in range(count)], kind, rng))
+        seconds += len(u.wav) / SAMPLE_RATE
