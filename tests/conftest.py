@@ -89,7 +89,7 @@ def random_data(tmp_path_factory, random_codec) -> Path:
 def counted(tmp_path_factory) -> Path:
     """Three minutes of counting through the bundled Mimi, half of the sequences held out."""
     out = tmp_path_factory.mktemp("counted") / "data"
-    prepare(PrepareConfig(out=out, hours=0.05, val_fraction=0.5, device="cpu"))
+    prepare(PrepareConfig(out=out, hours=0.05, max_digits=12, val_fraction=0.5, device="cpu"))
     return out
 
 

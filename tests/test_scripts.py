@@ -52,6 +52,8 @@ def test_prepare_train_and_sample_end_in_audio(story, tmp_path):
     assert {line["split"] for line in utterances(story / "data")} == {"train", "val"}
     kinds = {line["file"].split(":")[0] for line in utterances(story / "data")}
     assert kinds == {digits.TRAIN, digits.KNOWN, digits.UNHEARD}
+    lengths = {len(line["file"].split()[-1]) for line in utterances(story / "data")}
+    assert (min(lengths), max(lengths)) == (6, 12)  # --max_digits 12
 
 
 def test_a_hierarchical_run_goes_through_the_same_scripts(story, tmp_path):

@@ -49,7 +49,7 @@ def test_utterances_count_upwards_modulo_ten_and_repeat_with_the_seed():
         assert all(b == (a + 1) % 10 for a, b in zip(u.digits, u.digits[1:]))
     again = list(digits.utterances(0.02, 0.1, seed=3, max_digits=8))
     assert all(a.digits == b.digits and np.array_equal(a.wav, b.wav) for a, b in zip(made, again))
-    assert not np.array_equal(made[0].wav, next(digits.utterances(0.02, 0.1, seed=4)).wav)
+    assert not np.array_equal(made[0].wav, next(digits.utterances(0.02, 0.1, 4, 8)).wav)
     assert 72 < sum(len(u.wav) for u in made) / digits.SAMPLE_RATE < 72 + 8
 
 
