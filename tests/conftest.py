@@ -18,6 +18,8 @@ from nanomimi.llama import LlamaConfig
 from nanomimi.lm import LanguageModel
 from prepare import PrepareConfig, prepare
 
+from .two_processes import pytest_runtestloop  # noqa: F401, a hook of pytest
+
 # The tensors of the tests are so small that a second thread costs more than it computes. The
 # variable does the same for the processes that tests start.
 torch.set_num_threads(1)
@@ -55,6 +57,7 @@ def save_random_mimi(path: Path, shape: dict) -> Path:
                 layer._codebook.embedding_sum.copy_(
                     entries + (projected.mean(0) if level == 0 else 0)
                 )
+                layer._codebook._initialized.fill_(1)  # training must not draw other entries
     save_file(mimi.state_dict(), path)
     path.with_suffix(".json").write_text(json.dumps({"mimi": shape}))
     return path

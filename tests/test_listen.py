@@ -127,10 +127,10 @@ def test_the_standard_error_is_that_of_independent_prompts():
 def test_the_recogniser_hears_digit_voice_and_factor(codec):
     """Through the codec, in a take that it has no reference of."""
     voices = {name: digits.load_clips()[name] for name in ("rms", "slt")}
-    half = {name: [take[2:6] for take in takes[::2]] for name, takes in voices.items()}
+    half = {name: [take[2:5] for take in takes[::2]] for name, takes in voices.items()}
     hear, right, near = make_recogniser(codec, half), [], []
     for name, factor in (("rms", 1.0), ("rms", 1.2), ("slt", 0.8), ("slt", 1.0)):
-        for digit in range(4):
+        for digit in range(3):
             clip = resample(voices[name][1][2 + digit], RATE, round(RATE / factor / 100) * 100)
             wav = codec.decode(codec.encode(torch.from_numpy(clip)[None, None]))[0, 0].numpy()
             voice, heard, said = hear(wav)

@@ -218,51 +218,51 @@ def wrong(tmp_path_factory, story) -> dict[str, Path]:
     "command, message",
     [
         ("prepare.py {folder}/nowhere", "does not exist"),
-        ("prepare.py {folder}/empty --codec tiny --out {folder}/d", "no audio"),
-        ("prepare.py {folder}/text --codec tiny --out {folder}/d", "nothing was prepared"),
-        ("prepare.py {folder}/short.wav --codec tiny --out {folder}/d", "cannot be split"),
+        ("prepare.py {folder}/empty --codec tiny --out {out}", "no audio"),
+        ("prepare.py {folder}/text --codec tiny --out {out}", "nothing was prepared"),
+        ("prepare.py {folder}/short.wav --codec tiny --out {out}", "cannot be split"),
         (
-            "prepare.py --num_codebooks 0 --out {folder}/d",
+            "prepare.py --num_codebooks 0 --out {out}",
             "--num_codebooks must be at least 1; got 0",
         ),
         (
-            "prepare.py --num_codebooks 9 --out {folder}/d",
+            "prepare.py --num_codebooks 9 --out {out}",
             "--num_codebooks must be 1 to 8 for tiny; got 9",
         ),
         (
-            "prepare.py --codec nowhere.safetensors --out {folder}/d",
+            "prepare.py --codec nowhere.safetensors --out {out}",
             "neither tiny nor mimi nor a file",
         ),
-        ("prepare.py --val_fraction 0 --out {folder}/d", "--val_fraction must be above 0"),
+        ("prepare.py --val_fraction 0 --out {out}", "--val_fraction must be above 0"),
         ("prepare.py --hours 0.001 --out {folder}/file/d", "Not a directory"),
-        ("prepare.py --hours 0.0001 --out {folder}/d", "nothing was prepared"),
-        ("train.py --data {folder}/nowhere --out {folder}/r", "run python prepare.py"),
-        ("train.py --data {folder}/foreign --out {folder}/r", "of another format"),
+        ("prepare.py --hours 0.0001 --out {out}", "nothing was prepared"),
+        ("train.py --data {folder}/nowhere --out {out}", "run python prepare.py"),
+        ("train.py --data {folder}/foreign --out {out}", "of another format"),
         (
-            "train.py --data {story}/data --out {folder}/r --num_codebooks 9",
+            "train.py --data {story}/data --out {out} --num_codebooks 9",
             "--num_codebooks must be 1 to 8",
         ),
         (
-            "train.py --data {story}/data --out {folder}/r --num_codebooks 0",
+            "train.py --data {story}/data --out {out} --num_codebooks 0",
             "--num_codebooks must be at least 1",
         ),
-        ("train.py --data {story}/data --out {folder}/r --max_frames 100000", "lower --max_frames"),
+        ("train.py --data {story}/data --out {out} --max_frames 100000", "lower --max_frames"),
         (
-            "train.py --data {story}/data --out {folder}/r --n_head 5",
+            "train.py --data {story}/data --out {out} --n_head 5",
             "--n_embd must be --n_head times an even number",
         ),
-        ("train.py --data {story}/data --out {folder}/r --n_kv_head 3", "multiple of --n_kv_head"),
+        ("train.py --data {story}/data --out {out} --n_kv_head 3", "multiple of --n_kv_head"),
         (
-            "train.py --data {story}/data --out {folder}/r --arch hierarchical --n_embd 66 "
+            "train.py --data {story}/data --out {out} --arch hierarchical --n_embd 66 "
             "--n_head 3",
             "--depth_n_embd must be --depth_n_head times an even number",
         ),
         (
-            "train.py --data {story}/data --out {folder}/r --device nonsense",
+            "train.py --data {story}/data --out {out} --device nonsense",
             "--device nonsense cannot be used",
         ),
-        ("train.py --data {story}/data --out {folder}/r --lr 0", "--lr must be above 0"),
-        ("train.py --data {story}/data --out {folder}/r --resume", "is not a run"),
+        ("train.py --data {story}/data --out {out} --lr 0", "--lr must be above 0"),
+        ("train.py --data {story}/data --out {out} --resume", "is not a run"),
         ("train.py --data {story}/data --out {story}/run", "holds a run already"),
         (
             "train.py --data {story}/data --out {story}/run --resume --num_codebooks 2",
@@ -273,12 +273,12 @@ def wrong(tmp_path_factory, story) -> dict[str, Path]:
         ("sample.py --run {story}/run --prompt {folder}/nowhere.wav", "does not exist"),
         ("sample.py --run {story}/run --prompt {folder}/text/0.wav", "cannot be read as audio"),
         (
-            "sample.py --run {story}/run --prompt {slt} --prompt_seconds 0.05 --out {folder}/s",
+            "sample.py --run {story}/run --prompt {slt} --prompt_seconds 0.05 --out {out}",
             "shorter than a frame",
         ),
-        ("sample.py --run {story}/run --prompt {folder}/silent.wav --out {folder}/s", "silent or"),
+        ("sample.py --run {story}/run --prompt {folder}/silent.wav --out {out}", "silent or"),
         (
-            "sample.py --run {story}/run --prompt {slt} --prompt_seconds 9 --out {folder}/s",
+            "sample.py --run {story}/run --prompt {slt} --prompt_seconds 9 --out {out}",
             "longer than the model's context",
         ),
         ("sample.py --run {story}/run --temperature -1", "--temperature must be at least 0"),
@@ -294,14 +294,14 @@ def wrong(tmp_path_factory, story) -> dict[str, Path]:
     ],
 )
 def test_a_mistake_gets_one_line_that_says_what_to_do(
-    command, message, wrong, random_mimi, monkeypatch, capsys
+    command, message, wrong, random_mimi, tmp_path, monkeypatch, capsys
 ):
     import prepare as prepare_script
     import sample as sample_script
     import train as train_script
     from nanomimi.config import run_script
 
-    name, *argv = command.format(**wrong, slt=SLT, mimi=random_mimi).split()
+    name, *argv = command.format(**wrong, out=tmp_path / "out", slt=SLT, mimi=random_mimi).split()
     parts = {
         "prepare.py": (PrepareConfig, prepare_script.prepare),
         "train.py": (TrainConfig, train_script.main),
@@ -322,14 +322,11 @@ def script(*words: object) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, **pipes)
 
 
-def test_the_scripts_run_as_scripts(story, tmp_path):
+def test_the_scripts_run_as_scripts(tmp_path):
+    """prepare.py and sample.py; tests/test_trust.py starts train.py."""
     help = script("prepare.py", "--help")
     failing = script("sample.py", "--run", tmp_path)
-    resumed = script("train.py", "--out", story / "run", "--resume", "--max_steps", 5)
     assert "--out" in help.communicate()[0] and help.returncode == 0
     message = failing.communicate()[1]
     assert failing.returncode == 2 and message.startswith("sample.py: ")
     assert "Traceback" not in message
-    message = resumed.communicate()[1]
-    assert resumed.returncode == 0, message
-    assert checkpoint.read(story / "run")["step"] == 5

@@ -131,14 +131,20 @@ def resynthesis(
     return [(digit, out[start:end]) for digit, start, end in places]
 
 
+@pytest.fixture(scope="module")
+def mels() -> dict[str, list[np.ndarray]]:
+    """The clips of every voice; digit i has the places i, i + 10, ..."""
+    voices = digits.load_clips().items()
+    return {name: [clip_mel(clip) for take in takes for clip in take] for name, takes in voices}
+
+
 @pytest.mark.parametrize("source", ["tiny", PLAIN])
 @pytest.mark.parametrize("num_codebooks, floor", [(8, 0.97), (4, 0.93)])
-def test_a_digit_sounds_most_like_itself_after_a_bundled_codec(source, num_codebooks, floor):
+def test_a_digit_sounds_most_like_itself_after_a_bundled_codec(source, num_codebooks, floor, mels):
     codec, rng, right = Codec.load(source, num_codebooks), np.random.default_rng(11), []
-    for clips in digits.load_clips().values():
-        originals = [clip_mel(clip) for take in clips for clip in take]  # digit i: i, i + 10, ...
+    for voice, clips in digits.load_clips().items():
         for digit, piece in resynthesis(codec, clips, rng):
-            right.append(int(dtw(clip_mel(piece), originals).argmin()) % 10 == digit)
+            right.append(int(dtw(clip_mel(piece), mels[voice]).argmin()) % 10 == digit)
     assert np.mean(right) >= floor
 
 
@@ -157,9 +163,10 @@ def test_the_bundled_codec_keeps_pitch_and_the_plain_one_does_not():
     clips = [take[d] for takes in digits.load_clips().values() for take in takes for d in (1, 9)]
     f0 = lambda wav: pitch_and_formants(wav)[0]
     kept = {}
-    for source in ("tiny", PLAIN):
+    for source, every in (("tiny", 1), (PLAIN, 3)):  # far from its limit, the plain one needs fewer
         codec = Codec.load(source, 4)
-        kept[source] = np.mean([abs(f0(render(codec, clip)) - f0(clip)) < 0.05 for clip in clips])
+        near = [abs(f0(render(codec, clip)) - f0(clip)) < 0.05 for clip in clips[::every]]
+        kept[source] = np.mean(near)
     assert kept["tiny"] > 0.8 and kept[PLAIN] < 0.3
 
 

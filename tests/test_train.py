@@ -1,9 +1,9 @@
 import json
 import math
+import multiprocessing
+import os
 import shutil
 import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from nanomimi import checkpoint
+from tests.two_processes import CAN_FORK
 from train import TrainConfig, describe, learning_rate, make_optimizer, train
 
-ROOT = Path(__file__).parent.parent
 SMALL = dict(
     num_codebooks=3,
     max_frames=8,
@@ -82,30 +82,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(config, monkeypat
     assert steps[0] == steps[1] == [3, 6, 6, 9, 12, 12]
 
 
-def torchrun(config: TrainConfig, *launch: str) -> subprocess.Popen:
-    flags = dict(SMALL, data=config.data[0], out=config.out, arch=config.arch, grad_accum=2)
-    command = [sys.executable, "-m", "torch.distributed.run", *launch, "train.py"]
-    return subprocess.Popen(
-        [*command, *(f"--{key}={value}" for key, value in flags.items())],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def same_training(launched: list[subprocess.Popen], config: TrainConfig, two: Path) -> None:
-    for process in launched:
-        errors = process.communicate(timeout=300)[1]
-        assert process.returncode == 0, errors
-    one = train(replace(config, grad_accum=2))
-    a, b = weights(config.out), weights(two)
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], atol=2e-5, rtol=1e-3)
-    lines = [json.loads(line) for line in (two / "log.jsonl").read_text().splitlines()]
-    assert abs(lines[-1]["validation"]["nats_per_token"] - one["nats_per_token"]) < 1e-4
-
-
 def test_kept_models_are_runs_of_their_step(config):
     train(replace(config, keep_every=4))
     assert {path.name for path in config.out.glob("step-*")} == {"step-4", "step-8", "step-12"}
@@ -115,20 +91,34 @@ def test_kept_models_are_runs_of_their_step(config):
     assert not same(weights(config.out), weights(config.out / "step-4"))
 
 
-@pytest.mark.parametrize("arch", ["flat", "hierarchical"])
+def train_as(rank: int, port: int, config: TrainConfig) -> None:
+    """One of two processes, with the variables that torchrun sets on each of two machines."""
+    where = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK="0")
+    os.environ.update(where, RANK=str(rank), WORLD_SIZE="2")
+    train(config)
+
+
+@pytest.mark.parametrize("arch", checkpoint.MODELS)
 def test_two_processes_train_as_one(arch, random_data, tmp_path):
-    """Flat on two machines: two launchers that meet at an address. Hierarchical on one."""
-    config = TrainConfig(data=(random_data,), out=tmp_path / "one", arch=arch, **SMALL)
+    settings = dict(SMALL, arch=arch, grad_accum=2)
+    config = TrainConfig(data=(random_data,), out=tmp_path / "one", **settings)
     two = replace(config, out=tmp_path / "two")
-    if arch != "flat":
-        launched = [torchrun(two, "--standalone", "--nproc_per_node=2")]
-    else:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            meet = f"--rdzv_endpoint=127.0.0.1:{free.getsockname()[1]}"
-        each = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=test", meet]
-        launched = [torchrun(two, *each) for _ in range(2)]
-    same_training(launched, config, two.out)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = multiprocessing.get_context("fork" if CAN_FORK else "spawn")
+    pair = [processes.Process(target=train_as, args=(rank, port, two)) for rank in (0, 1)]
+    for process in pair:
+        process.start()
+    for process in pair:
+        process.join(timeout=300)
+    assert [process.exitcode for process in pair] == [0, 0]
+    one = train(config)
+    a, b = weights(config.out), weights(two.out)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=2e-5, rtol=1e-3)
+    lines = [json.loads(line) for line in (two.out / "log.jsonl").read_text().splitlines()]
+    assert abs(lines[-1]["validation"]["nats_per_token"] - one["nats_per_token"]) < 1e-4
 
 
 def test_accumulated_micro_steps_equal_one_large_step(config):
