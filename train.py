@@ -59,7 +59,7 @@ class TrainConfig(Config):
     codebook_weights: tuple[float, ...] = option((), "of each codebook's loss; default: equal")
     batch_size: int = option(4, "windows per micro-step, over all processes", at_least=1)
     grad_accum: int = option(1, "micro-steps per step", at_least=1)
-    max_steps: int = option(2000, "optimizer steps", at_least=1)
+    max_steps: int = option(1700, "optimizer steps", at_least=1)
     lr: float = option(3e-3, "peak learning rate", above=0)
     schedule: Literal["cosine", "wsd"] = option("cosine", "cosine, or stable and then decay")
     warmup_steps: int = option(100, "steps of linear warm-up", at_least=0)

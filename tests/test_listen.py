@@ -79,7 +79,8 @@ def run(monkeypatch, tmp_path):
         patch(listen_module.Codec, "load", lambda *_: sounds)
         patch(listen_module, "make_prompts", prompts)
         continued = torch.zeros(1, 6, 2), torch.zeros(1, 6, 1)
-        patch(listen_module, "continue_wav", lambda *_: continued)
+        continue_wav = lambda *args: call.samplers.append(args[-1]) or continued
+        patch(listen_module, "continue_wav", continue_wav)
         hear = lambda sound: (*voice(asked[-1]), number_of(sound))
         patch(listen_module.sound, "make_recogniser", lambda *_: hear)
         rates = listen(ListenConfig(run=tmp_path, trials=8, **flags))
@@ -87,7 +88,16 @@ def run(monkeypatch, tmp_path):
         assert kept == {", ".join(row): list(numbers) for row, numbers in rates.items()}
         return rates
 
+    call.samplers = []
     return call
+
+
+def test_draws_have_the_temperature(run):
+    logits = torch.randn(50, 9)
+    for temperature in (0.0, 0.8):
+        run(lambda u: [0], lambda u: (u.voice, u.factor), temperature=temperature)
+        greedy = torch.equal(run.samplers[-1](logits), logits.argmax(dim=-1))
+        assert greedy == (temperature == 0)
 
 
 @pytest.mark.parametrize("kind", [digits.KNOWN, digits.UNHEARD])

@@ -31,6 +31,7 @@ HUMAN = "people"
 class ListenConfig(Config):
     run: Path = option(Path("runs/digits"), "run folder written by train.py")
     trials: int = option(100, "prompts of every kind", at_least=1)
+    temperature: float = option(0.8, "of the model's draws, as in sample.py", at_least=0)
     prompts: Path | None = option(None, "recordings of people, SPEAKER/DIGIT_TAKE.wav")
     seed: int = option(0, "seed of prompts and draws", at_least=0)
 
@@ -78,7 +79,7 @@ def listen(config: ListenConfig) -> dict[tuple[str, str], tuple[float, float, in
     # recogniser hears less than half of their digits right.
     plain = {name: takes[1::3] for name, takes in digits.load_clips().items()}
     recognise = sound.make_recogniser(codec, plain | people)
-    sampler, hits = make_sampler(0.8, 30, seed=config.seed), defaultdict(list)
+    sampler, hits = make_sampler(config.temperature, 30, seed=config.seed), defaultdict(list)
     prompts = make_prompts(config.trials, people, config.seed)
     for u in tqdm(prompts, total=config.trials * (3 if people else 2), unit="prompt"):
         prompt, new = continue_wav(model, codec, u.wav, sampler)
@@ -87,8 +88,7 @@ def listen(config: ListenConfig) -> dict[tuple[str, str], tuple[float, float, in
         heard = [recognise(piece) for piece in pieces]
         said = [u.digits[-1], *(digit for *_, digit in heard)]
         right = [b == (a + 1) % 10 for a, b in zip(said, said[1:])]
-        near = lambda voice, f: voice == u.voice and abs(f - u.factor) < 1.5 * sound.STEP
-        own = [near(voice, factor) for voice, factor, _ in heard]
+        own = [v == u.voice and abs(f - u.factor) < 1.5 * sound.STEP for v, f, _ in heard]
         if u.kind == HUMAN:
             own = [bool(heard) and sound.nearest_speaker(pieces, said[1:], profiles) == u.voice]
         hits[u.kind, "right next digit"].append(right)
