@@ -17,8 +17,7 @@ from nanomimi.writer import DatasetWriter
 from nanomimi.llama import LlamaConfig
 from nanomimi.lm import LanguageModel
 from prepare import PrepareConfig, prepare
-
-from .two_processes import pytest_runtestloop  # noqa: F401, a hook of pytest
+from tests.two_processes import pytest_runtestloop  # noqa: F401, a hook of pytest
 
 # The tensors of the tests are so small that a second thread costs more than it computes. The
 # variable does the same for the processes that tests start.

@@ -107,9 +107,10 @@ def test_two_processes_train_as_one(arch, random_data, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = multiprocessing.get_context("fork" if CAN_FORK else "spawn")
-    pair = [processes.Process(target=train_as, args=(rank, port, two)) for rank in (0, 1)]
-    for process in pair:
-        process.start()
+    pair = []
+    for rank in (0, 1):
+        pair.append(processes.Process(target=train_as, args=(rank, port, two), daemon=True))
+        pair[-1].start()
     for process in pair:
         process.join(timeout=300)
     assert [process.exitcode for process in pair] == [0, 0]

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch._dynamo  # what the first optimizer imports, once for both
 
 # Where a process has used a GPU, or macOS's frameworks, its fork does not work.
 CAN_FORK = sys.platform == "linux" and not torch.cuda.is_available()
@@ -47,6 +46,7 @@ def pytest_runtestloop(session: pytest.Session):
     os.close(write)
     descriptor, name = tempfile.mkstemp()
     os.close(descriptor)
+    torch.compiler.reset()  # imports what every optimizer needs, once for both
     second = os.fork()
     if second == 0:
         session.items.reverse()
