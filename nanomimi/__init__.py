@@ -10,7 +10,6 @@ tokens (T*Q), C channels (n_embd), H heads, D dimensions per head, V classes per
 
 The idea alone: tokens, data, llama, decode, lm, flat, hierarchical, sampling, train.py.
 """
-# ruff: noqa: F401
 
 from nanomimi.audio import read_audio, write_wav
 from nanomimi.codec import Codec

@@ -1,5 +1,6 @@
 """Shared pieces: a Mimi of a few thousand random weights, data of random codes, a tiny model."""
 
+import functools
 import json
 import os
 import wave
@@ -13,9 +14,10 @@ from safetensors.torch import save_file
 from nanomimi import checkpoint
 from nanomimi import codec as codec_module
 from nanomimi.codec import Codec
-from nanomimi.writer import DatasetWriter
 from nanomimi.llama import LlamaConfig
 from nanomimi.lm import LanguageModel
+from nanomimi.tiny import digits
+from nanomimi.writer import DatasetWriter
 from prepare import PrepareConfig, prepare
 from tests.two_processes import pytest_runtestloop  # noqa: F401, a hook of pytest
 
@@ -23,6 +25,8 @@ from tests.two_processes import pytest_runtestloop  # noqa: F401, a hook of pyte
 # variable does the same for the processes that tests start.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+# Many tests ask for the clips, which are decoded in a fifth of a second and changed by none.
+digits.load_clips = functools.cache(digits.load_clips)
 
 
 def small_shape() -> dict:

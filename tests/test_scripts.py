@@ -282,7 +282,7 @@ def wrong(tmp_path_factory, story) -> dict[str, Path]:
             "longer than the model's context",
         ),
         ("sample.py --run {story}/run --temperature -1", "--temperature must be at least 0"),
-        ("sample.py --run {story}/run --codec {mimi}", "is not the one of"),
+        ("sample.py --run {story}/run --codec {mimi}", "has other weights than"),
         ("sample.py --run {story}/run --out {folder}/file/s", "Not a directory"),
         ("sample.py --seconds ten", "invalid float value"),
         ("sample.py --run {story}/run --out -", "needs --stream --num_samples 1"),

@@ -46,9 +46,11 @@ def config(tmp_path_factory) -> CodecConfig:
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory, config) -> CodecConfig:
-    """Trained with --waveform, from the codec of `config`."""
+    """Trained with --waveform, from the codec of `config`, and not evaluated."""
     start = config.out / "mimi.safetensors"
-    return trained(tmp_path_factory.mktemp("taught"), waveform=2.0, init_from=start)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_codec, "evaluate", lambda *_: {})
+        return trained(tmp_path_factory.mktemp("taught"), waveform=2.0, init_from=start)
 
 
 def test_a_codec_is_trained_saved_and_loaded(config):
@@ -63,8 +65,10 @@ def test_a_codec_is_trained_saved_and_loaded(config):
 
 
 @pytest.mark.parametrize("run", ["config", "taught"])
-def test_a_resumed_codec_equals_an_uninterrupted_one(run, request):
+def test_a_resumed_codec_equals_an_uninterrupted_one(run, request, monkeypatch):
     config = request.getfixturevalue(run)
+    # The uninterrupted `config` was evaluated, which must leave no trace either.
+    monkeypatch.setattr(train_codec, "evaluate", lambda *_: {})
     resumed = replace(config, out=config.out.with_name("interrupted"), resume=True)
     assert json.loads((resumed.out / "mimi.json").read_text())["step"] == 4
     train_codec.train(resumed)
@@ -87,6 +91,12 @@ def test_resuming_with_another_shape_is_one_clear_line(config, tmp_path, part, k
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
     with pytest.raises(FileNotFoundError, match="leave out --resume"):
         train_codec.train(replace(config, resume=True, out=tmp_path))
+
+
+def test_resuming_without_the_teacher_is_one_clear_line(config, taught):
+    for run, other in ((taught, None), (config, config.out / "mimi.safetensors")):
+        with pytest.raises(ValueError, match="--init_from and --waveform make a teacher"):
+            train_codec.train(replace(run, resume=True, waveform=2.0, init_from=other))
 
 
 def test_evaluation_agrees_with_the_codec_and_counts_the_entries_in_use(random_codec):
@@ -289,6 +299,7 @@ def test_fine_tuning_starts_from_a_codec_and_quantizes_at_once(config, tmp_path,
         return losses(models, wav, waveform)
 
     monkeypatch.setattr(train_codec, "losses", spy)
+    monkeypatch.setattr(train_codec, "evaluate", lambda *_: {})
     start = config.out / "mimi.safetensors"
     again = dict(init_from=start, lr=1e-12, max_steps=1)
     train_codec.train(replace(config, out=tmp_path / "fine", **again))

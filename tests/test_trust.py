@@ -206,38 +206,24 @@ def test_a_folder_has_one_writer(config, recordings):
             write()
 
 
-def start(*words: object) -> subprocess.Popen:
-    command = [sys.executable, *map(str, words)]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command, cwd=ROOT, **pipes)
-
-
-def flags_of(config) -> list[str]:
+def test_a_signal_to_torchrun_ends_a_training_after_a_checkpoint(config):
     given = {**SMALL, "data": config.data[0], "out": config.out, "max_steps": 10**6}
-    return [f"--{name}={value}" for name, value in given.items()]
-
-
-def wait_for(path: Path, seconds: float = 120) -> None:
-    end = time.time() + seconds
-    while not path.exists() and time.time() < end:
+    flags = [f"--{name}={value}" for name, value in given.items()]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*torchrun, "train.py", *flags], cwd=ROOT, **pipes)
+    end = time.time() + 120
+    while not (config.out / "run.json").exists() and time.time() < end:
         time.sleep(0.05)
-
-
-@pytest.mark.parametrize("launch", [[], ["-m", "torch.distributed.run", "--nproc_per_node=2"]])
-def test_a_signal_ends_a_training_after_a_checkpoint(config, launch):
-    number = signal.SIGINT if not launch else signal.SIGTERM
-    process = start(*launch, "train.py", *flags_of(config))
-    wait_for(config.out / "run.json")
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert "stopped by a signal" in out, err
-    if not launch:
-        step = checkpoint.read(config.out)["step"]
-        assert process.returncode == 130 and f"step {step}: saved" in out
-        assert not (config.out / f"model-{step:06d}.safetensors.tmp").exists()
 
 
-def test_a_stopped_run_goes_on_to_the_weights_of_an_uninterrupted_one(config, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_stopped_by_a_signal_goes_on_to_the_weights_of_an_uninterrupted_one(
+    config, number, monkeypatch, capsys
+):
     whole = train(config)
     broken = replace(config, out=config.out.with_name("broken"))
     step, count = torch.optim.AdamW.step, []
@@ -245,13 +231,14 @@ def test_a_stopped_run_goes_on_to_the_weights_of_an_uninterrupted_one(config, mo
     def interrupt(self, *args):
         count.append(step(self, *args))
         if len(count) == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", interrupt)
     with pytest.raises(SystemExit) as stop:
         train(broken)
     monkeypatch.undo()
-    assert stop.value.code == 143 and checkpoint.read(broken.out)["step"] == 4
+    assert stop.value.code == 128 + number and checkpoint.read(broken.out)["step"] == 4
+    assert "step 4: stopped by a signal; --resume continues" in capsys.readouterr().out
     assert train(replace(broken, resume=True)) == whole
     assert same(weights(config.out), weights(broken.out))
 

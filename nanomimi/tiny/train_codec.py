@@ -5,7 +5,7 @@ the takes that digits.py holds out. `prepare.py --codec` takes the file runs/cod
 
 The L1 distance of log-mels keeps no pitch; `--waveform` adds the error below 1.5 kHz, which does.
 With `--init_from`, that codec is then a teacher: codebook 0 keeps its entries, and the teacher has
-to hear in the output what it hears in the input. Kyutai's teacher was WavLM (arXiv 2410.00037, 3.3).
+to hear in the output what it hears in the input. Kyutai's was WavLM (arXiv 2410.00037, 3.3).
 """
 
 import copy
@@ -27,8 +27,6 @@ from nanomimi.config import Config, option, run_script
 from nanomimi.distributed import catch_signals, resolve_device
 from nanomimi.files import load_tensors, lock, replacing, save_tensors
 from nanomimi.tiny import digits, sound
-
-TRAINING = "training.safetensors"
 
 
 @dataclass(frozen=True)
@@ -146,21 +144,23 @@ def save(mimi: MimiModel, optimizer: optim.AdamW, out: Path, report: dict) -> No
     save_tensors({n: t.half() for n, t in mimi.state_dict().items()}, out / "mimi.safetensors")
     with replacing(out / "mimi.json") as new:
         new.write_text(json.dumps(report, indent=1) + "\n")
-    save_tensors(state(mimi, optimizer, report["step"], report["seconds"]), out / TRAINING)
+    save_tensors(state(mimi, optimizer, report), out / "training.safetensors")
 
 
-def state(mimi: MimiModel, optimizer: optim.AdamW, step: int, seconds: int) -> dict[str, Tensor]:
+def state(mimi: MimiModel, optimizer: optim.AdamW, report: dict) -> dict[str, Tensor]:
     """All that a resumed training needs."""
-    progress = {"step": torch.tensor(step), "seconds": torch.tensor(seconds)}
+    progress = {key: torch.tensor(report[key]) for key in ("step", "seconds")}
     return mimi.state_dict() | checkpoint.moments(mimi, optimizer) | progress
 
 
-def load(mimi: MimiModel, optimizer: optim.AdamW, out: Path, shape: dict) -> dict:
+def load(mimi: MimiModel, optimizer: optim.AdamW, out: Path, report: dict) -> dict:
     """Restore the last checkpoint; returns its step and seconds. FileNotFoundError, ValueError."""
-    path = out / TRAINING
-    if path.exists() and read_shape(out / "mimi.json") != shape:
-        raise ValueError(f"{out} has another shape than --shape; give --shape {out}/mimi.json")
-    like, device = state(mimi, optimizer, 0, 0), next(mimi.parameters()).device
+    path, told = out / "training.safetensors", out / "mimi.json"
+    if path.exists() and read_shape(told) != report["mimi"]:
+        raise ValueError(f"{out} has another shape than --shape; give --shape {told}")
+    if path.exists() and json.loads(told.read_text()).get("taught", False) != report["taught"]:
+        raise ValueError(f"{out}: --init_from and --waveform make a teacher; give them as before")
+    like, device = state(mimi, optimizer, report), next(mimi.parameters()).device
     saved = load_tensors(path, like, "leave out --resume", device)
     mimi.load_state_dict({name: saved[name] for name in mimi.state_dict()})
     checkpoint.restore(saved, mimi, optimizer)
@@ -200,17 +200,18 @@ def train(config: CodecConfig) -> dict:
     # bfloat16 fails on CPUs with AMX: oneDNN of torch 2.9 computes one of the convolutions wrongly.
     device, shape = resolve_device(config.device), read_shape(config.shape)
     torch.manual_seed(config.seed)
-    mimi = build(shape).to(device).train()
-    initialise(mimi)
+    initialise(mimi := build(shape).to(device).train())
     if not config.resume and (config.out / "mimi.safetensors").exists():
         raise ValueError(f"{config.out} holds a codec already; --resume it or change --out")
     if config.init_from:
         like, remedy = mimi.state_dict(), "it must have the shape that --shape gives"
         mimi.load_state_dict(load_tensors(config.init_from, like, remedy, device))
-    taught = config.init_from and config.waveform
+    taught = bool(config.init_from and config.waveform)
     teacher = copy.deepcopy(mimi).eval().requires_grad_(False) if taught else None
     optimizer = optim.AdamW(mimi.parameters(), lr=config.lr, betas=(0.8, 0.99), fused=True)
-    report = load(mimi, optimizer, config.out, shape) if config.resume else dict(step=0, seconds=0)
+    report = dict(mimi=shape, taught=taught, step=0, seconds=0)
+    if config.resume:
+        report |= load(mimi, optimizer, config.out, report)
     pool = load_audio(config, config.digits if config.audio else 1.0, held_out=False).to(device)
     rng, began = np.random.default_rng(config.seed), time.time() - report["seconds"]
     tests, size = {}, config.frames * mimi.frame_size
@@ -223,8 +224,7 @@ def train(config: CodecConfig) -> dict:
             if (step + 1) % config.save_every == 0 or step + 1 == config.max_steps or caught:
                 numbers = {name: evaluate(mimi, wav.to(device)) for name, wav in tests.items()}
                 bar.write(f"step {step + 1}: {numbers}")
-                seconds = round(time.time() - began)
-                report = dict(mimi=shape, step=step + 1, seconds=seconds, held_out=numbers)
+                report |= dict(step=step + 1, seconds=round(time.time() - began), held_out=numbers)
                 save(mimi, optimizer, config.out, report)
             if caught:
                 raise SystemExit(128 + caught[0])
