@@ -4,7 +4,6 @@ Numbers are medians. Rows are timed round-robin, so that noise meets all alike; 
 memory may hold one model only, one after another. MFU is relative to a large matrix product.
 """
 
-import math
 import statistics
 import timeit
 from collections.abc import Callable, Iterator
@@ -32,7 +31,7 @@ SHAPES = [  # device, name, batch size, tied; for all models Llama, codebooks, c
     ("cuda", "1.0B", 8, False, LlamaConfig(16, 32, 8, 2048, 8192, 500000.0), 4, 2048, 256),
 ]
 # TFLOP/s of dense bfloat16 products on the data sheets.
-PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "4090": 165, "": math.nan}
+PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "4090": 165, "": float("nan")}
 
 
 @dataclass(frozen=True)

@@ -82,14 +82,23 @@ def run(monkeypatch, tmp_path):
         continue_wav = lambda *args: call.samplers.append(args[-1]) or continued
         patch(listen_module, "continue_wav", continue_wav)
         hear = lambda sound: (*voice(asked[-1]), number_of(sound))
-        patch(listen_module.sound, "make_recogniser", lambda *_: hear)
+        recogniser = lambda _, voices: call.voices.update(voices) or hear
+        patch(listen_module.sound, "make_recogniser", recogniser)
         rates = listen(ListenConfig(run=tmp_path, trials=8, **flags))
         kept = json.loads((tmp_path / "listen.json").read_text())
         assert kept == {", ".join(row): list(numbers) for row, numbers in rates.items()}
         return rates
 
-    call.samplers = []
+    call.samplers, call.voices = [], {}
     return call
+
+
+def test_sounds_are_compared_with_the_plain_take_of_every_voice(run):
+    run(lambda u: [0], lambda u: (u.voice, u.factor))
+    clips = digits.load_clips()
+    assert run.voices.keys() == clips.keys()
+    for name, takes in run.voices.items():
+        assert len(takes) == 1 and takes[0] is clips[name][{9: 4, 3: 1}[len(clips[name])]]
 
 
 def test_draws_have_the_temperature(run):

@@ -112,7 +112,6 @@ def _trials(groups: dict, files: dict, count: int, seed: int, data: TokenDataset
 
 
 if __name__ == "__main__":
-    # Printed with four decimals.
-    short = lambda text: json.loads(text, parse_float=lambda number: round(float(number), 4))
-    show = lambda config: pprint(short(json.dumps(evaluate(config))), sort_dicts=False)
+    rounded = lambda text: json.loads(text, parse_float=lambda number: round(float(number), 4))
+    show = lambda config: pprint(rounded(json.dumps(evaluate(config))), sort_dicts=False)
     run_script(EvaluateConfig, show, __doc__)
