@@ -59,7 +59,8 @@ def sample(config: SampleConfig) -> list[Path]:
     model.to(resolve_dtype(config.dtype, device, amx=False))
     codec = Codec.load(config.codec or run["data"]["codec"], model.num_codebooks, device)
     if codec.sha256 != run["data"]["codec_sha256"]:
-        raise ValueError(f"codec {codec.name} has other weights than {config.run}'s; use --codec")
+        mismatch = f"codec {codec.name} is not the one of {config.run} (its weights differ)"
+        raise ValueError(f"{mismatch}; use --codec")
     prompt = encode_prompt(config, codec, model)
     paths = [STDOUT]
     if config.out != STDOUT:

@@ -67,7 +67,9 @@ def save(
 
 def read(folder: Path) -> dict[str, Any]:
     """run.json. Raises FileNotFoundError or ValueError where the folder is not a run."""
-    return read_json(folder / "run.json", RUN, "run python train.py first")
+    if not (folder / "run.json").exists():
+        raise FileNotFoundError(f"{folder} is not a run (no run.json); run python train.py first")
+    return read_json(folder / "run.json", RUN, AGAIN)
 
 
 def load(folder: Path, device: torch.device | str = "cpu") -> tuple[LanguageModel, dict[str, Any]]:

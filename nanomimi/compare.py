@@ -42,6 +42,7 @@ ARMS = {"F": "--arch flat", "H": "--arch hierarchical", "D": "--arch delay"}
 # Variants have the width and the rate of their arm. By Q: half of the seeds, the last model alone.
 H16 = {"H16": ("H", "--depth_fraction 0.0625")}
 BY_Q = {f"{arm}, Q = {q}": (arm, f"--num_codebooks {q}") for q in (1, 2, 8) for arm in "FH"}
+EQUIVALENT = 0.1  # d'
 
 
 @dataclass(frozen=True)
@@ -248,11 +249,11 @@ def results(per_arm: dict[str, list[list[Path]]], kinds: Sequence[str], listen: 
 
 def verdict(tests: dict[str, dict[str, Any]], kind: str) -> str:
     p = holm({arm: test["p"] for arm, test in tests.items()})
-    titles = "difference", "95% interval", "p, Holm", "equal within 0.1"
-    rows = [[f"d' at equal nats, {kind}", *titles]]
+    within = f"equal within {EQUIVALENT}"
+    rows = [[f"d' at equal nats, {kind}", "difference", "95% interval", "p, Holm", within]]
     for arm, test in tests.items():
         low, high = test["interval_90"]
-        equal = "yes" if -0.1 < low and high < 0.1 else "no"
+        equal = "yes" if -EQUIVALENT < low and high < EQUIVALENT else "no"
         interval = "{:.2f} to {:.2f}".format(*test["interval"])
         rows.append([f"F - {arm}", f"{test['difference']:.2f}", interval, f"{p[arm]:.3f}", equal])
     return table(rows)

@@ -98,7 +98,8 @@ def test_sounds_are_compared_with_the_plain_take_of_every_voice(run):
     clips = digits.load_clips()
     assert run.voices.keys() == clips.keys()
     for name, takes in run.voices.items():
-        assert len(takes) == 1 and takes[0] is clips[name][{9: 4, 3: 1}[len(clips[name])]]
+        plain = clips[name][{9: 4, 3: 1}[len(clips[name])]]
+        assert len(takes) == 1 and all(map(np.array_equal, takes[0], plain))
 
 
 def test_draws_have_the_temperature(run):

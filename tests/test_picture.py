@@ -26,7 +26,7 @@ def test_the_training_curve_is_that_of_the_log(tmp_path):
         numbers = {"bits_per_second": bits, "codec_bits_per_second": 400.0}
         lines.append({"step": step, "validation": numbers})
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(FileNotFoundError, match="run.json is missing"):  # no weights: no continuation
+    with pytest.raises(FileNotFoundError, match="is not a run"):  # no weights: no continuation
         draw(PictureConfig(run=tmp_path, out=tmp_path))
     paths = re.findall(r'<path d="M([^"V]+)h0" style', (tmp_path / "training.svg").read_text())
     model, codec = ([tuple(map(float, p.split(","))) for p in d.split(" L")] for d in paths)

@@ -175,7 +175,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_as_another(finished):
         train(finished)
     with pytest.raises(ValueError, match="the model in"):
         train(replace(finished, resume=True, n_layer=3))
-    with pytest.raises(FileNotFoundError, match="run.json is missing"):
+    with pytest.raises(FileNotFoundError, match="is not a run"):
         train(replace(finished, resume=True, out=finished.out.with_name("nowhere")))
 
 

@@ -217,7 +217,9 @@ def test_a_signal_to_torchrun_ends_a_training_after_a_checkpoint(config):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
-    assert "stopped by a signal" in out, err
+    step = checkpoint.read(config.out)["step"]
+    assert f"step {step}: stopped by a signal" in out, err
+    assert not list(config.out.glob("*.tmp"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -327,7 +327,7 @@ def test_older_configs_and_a_llama_without_a_head_are_read(tmp_path):
         ("import --out {out}/r", "config.json"),
         ("import {golden}/llama_mimi --codec {mimi} --out {run}", "File exists"),
         ("export --run {run} --out {run}", "File exists"),
-        ("export --run {out} --out {out}/r", "run.json is missing"),
+        ("export --run {out} --out {out}/r", "is not a run"),
         ("export --run {hierarchical} --out {out}/r", "is not of --arch flat"),
     ],
 )

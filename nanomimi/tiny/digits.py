@@ -28,7 +28,8 @@ TRAIN, KNOWN, UNHEARD = "train", "known voices, unheard takes", "unheard voices"
 # Voice factors at which a speech recogniser hears about 90% of the clips right: see README.md.
 FACTORS = dict(awb=(0.9, 1.3), rms=(0.9, 1.3), kal=(0.9, 1.3), ked=(0.9, 1.25), slt=(0.75, 1.05))
 FACTORS |= dict(kh0=(0.8, 1.05), lh0=(0.8, 1.05))
-HELD_OUT_VOICE = "kal"  # ked, made in the same way, is in training: only the speaker is unheard
+# A man of middle pitch. ked, made in the same way, is in training: only the speaker is unheard.
+HELD_OUT_VOICE = "kal"
 
 Voice = list[list[np.ndarray]]  # clips[take][digit] is (S,) float32
 Rng = np.random.Generator

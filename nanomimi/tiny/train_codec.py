@@ -200,16 +200,16 @@ def train(config: CodecConfig) -> dict:
     # bfloat16 fails on CPUs with AMX: oneDNN of torch 2.9 computes one of the convolutions wrongly.
     device, shape = resolve_device(config.device), read_shape(config.shape)
     torch.manual_seed(config.seed)
-    initialise(mimi := build(shape).to(device).train())
+    mimi = build(shape).to(device).train()
+    initialise(mimi)
     if not config.resume and (config.out / "mimi.safetensors").exists():
         raise ValueError(f"{config.out} holds a codec already; --resume it or change --out")
     if config.init_from:
         like, remedy = mimi.state_dict(), "it must have the shape that --shape gives"
         mimi.load_state_dict(load_tensors(config.init_from, like, remedy, device))
-    taught = bool(config.init_from and config.waveform)
-    teacher = copy.deepcopy(mimi).eval().requires_grad_(False) if taught else None
+    report = dict(mimi=shape, taught=bool(config.init_from and config.waveform), step=0, seconds=0)
+    teacher = copy.deepcopy(mimi).eval().requires_grad_(False) if report["taught"] else None
     optimizer = optim.AdamW(mimi.parameters(), lr=config.lr, betas=(0.8, 0.99), fused=True)
-    report = dict(mimi=shape, taught=taught, step=0, seconds=0)
     if config.resume:
         report |= load(mimi, optimizer, config.out, report)
     pool = load_audio(config, config.digits if config.audio else 1.0, held_out=False).to(device)
