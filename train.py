@@ -28,8 +28,7 @@ from tqdm import tqdm
 from nanomimi import checkpoint, weights
 from nanomimi.config import Config, option, parse, run_script
 from nanomimi.data import SPLITS, TokenDataset
-from nanomimi.distributed import catch_signals, compile_model, init_processes
-from nanomimi.distributed import resolve_device, resolve_dtype
+from nanomimi.distributed import catch_signals, compile_model, init_processes, resolve_dtype
 from nanomimi.files import lock
 from nanomimi.llama import LlamaConfig
 from nanomimi.lm import summarize
@@ -99,8 +98,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     after SIGTERM or SIGINT, once the step is saved.
     """
     with contextlib.ExitStack() as stack:
-        processes = stack.enter_context(init_processes(resolve_device(config.device)))
-        device, rank, world_size = processes
+        device, rank, world_size = stack.enter_context(init_processes(config.device))
         dtype = resolve_dtype(config.dtype, device)
         # Autocast computes products in bfloat16; weights and the residual stream stay in float32.
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype != torch.float32)

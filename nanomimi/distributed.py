@@ -5,7 +5,6 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,26 +22,19 @@ def resolve_device(name: str) -> torch.device:
         raise ValueError(f"--device {name} cannot be used ({reason}); try --device cpu") from None
 
 
-class Processes(NamedTuple):
-    """This process among those that torchrun started, and the device it works on."""
-
-    device: torch.device
-    rank: int = 0
-    world_size: int = 1
-
-
 @contextlib.contextmanager
-def init_processes(device: torch.device) -> Iterator[Processes]:
-    """Joins the processes that torchrun started, each with its own GPU; without torchrun, one."""
+def init_processes(name: str) -> Iterator[tuple[torch.device, int, int]]:
+    """Joins torchrun's processes, if any. Yields this one's device and rank, and their number."""
+    device = resolve_device(name)
     if "RANK" not in os.environ:
-        yield Processes(device)
+        yield device, 0, 1
         return
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Processes(device, dist.get_rank(), dist.get_world_size())
+        yield device, dist.get_rank(), dist.get_world_size()
     finally:
         dist.destroy_process_group()
 

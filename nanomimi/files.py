@@ -91,14 +91,12 @@ def lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def save_tensors(
-    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
-) -> None:
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Replace a .safetensors file; FloatingPointError where a number is not finite."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     _require_finite(tensors, path)
     with replacing(path) as new:
-        save_file(tensors, new, metadata)
+        save_file(tensors, new)
 
 
 def load_tensors(

@@ -4,7 +4,6 @@ import json
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -73,9 +72,7 @@ class DatasetWriter:
     def seconds(self) -> float:
         return sum(self.frames.values()) / self.codec.frame_rate
 
-    def __exit__(
-        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
         for file in (*self._bins.values(), self._index):
             file.close()
         if kind is not None:

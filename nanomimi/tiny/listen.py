@@ -1,8 +1,8 @@
 """Does a run count on, and in the prompt's voice? python -m nanomimi.tiny.listen --run RUN
 
-A prompt says three digits. A digit of the continuation is right if it follows the one before it, a
-voice if it is the prompt's, and its factor at most one step of the recogniser's grid away. People's
-voices (--prompts) are told by F0 and formants, from those of the folder's other speakers.
+A prompt says three digits. A digit of the continuation is right if it follows the one before it;
+the voice of all is right if it is the prompt's, and its factor at most one step of the recogniser's
+grid away. People's (--prompts) are told by F0 and formants, from those of the other speakers.
 """
 
 import json
@@ -85,15 +85,15 @@ def listen(config: ListenConfig) -> dict[tuple[str, str], tuple[float, float, in
         prompt, new = continue_wav(model, codec, u.wav, sampler)
         wav = codec.decode(torch.cat([prompt, new], dim=2))[0, 0]
         pieces = sound.segments(wav[prompt.shape[2] * codec.frame_size :].numpy())
-        heard = [recognise(piece) for piece in pieces]
-        said = [u.digits[-1], *(digit for *_, digit in heard)]
+        heard, (voice, factor) = recognise(pieces) if pieces else ([], ("", 0.0))
+        said = [u.digits[-1], *heard]
         right = [b == (a + 1) % 10 for a, b in zip(said, said[1:])]
-        own = [v == u.voice and abs(f - u.factor) < 1.5 * sound.STEP for v, f, _ in heard]
-        if u.kind == HUMAN:
-            own = [bool(heard) and sound.nearest_speaker(pieces, said[1:], profiles) == u.voice]
+        if heard and u.kind == HUMAN:
+            voice, factor = sound.nearest_speaker(pieces, heard, profiles), 1.0
+        own = voice == u.voice and abs(factor - u.factor) < 1.5 * sound.STEP
         hits[u.kind, "right next digit"].append(right)
         hits[u.kind, "first digit right"].append(right[:1] or [False])
-        hits[u.kind, "prompt's voice"].append(own)
+        hits[u.kind, "prompt's voice"].append([own])
     rates = {row: rate(each) for row, each in hits.items()}
     for (kind, what), (share, error, trials) in rates.items():
         print(f"{kind}, {what}: {100 * share:.1f} ± {100 * error:.1f}% of {trials}")

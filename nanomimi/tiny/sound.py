@@ -84,26 +84,38 @@ def dtw(query: np.ndarray, references: list[np.ndarray]) -> np.ndarray:
 
 
 def segments(wav: np.ndarray, pause: float = 0.1) -> list[np.ndarray]:
-    """The stretches of sound between pauses (in seconds), at least 0.1 s long."""
+    """Sounds of at least 0.1 s that a pause (in seconds) follows; a sound that is cut has none."""
     block = SAMPLE_RATE // 100
     level = np.sqrt(np.mean(wav[: len(wav) // block * block].reshape(-1, block) ** 2, axis=1))
     # Low enough to keep the soft s of a low voice: without it, six sounds like two.
     loud = np.flatnonzero(level > 0.02 * np.percentile(level, 95)) if len(level) else level
     runs = np.split(loud, np.flatnonzero(np.diff(loud) > pause * 100) + 1)
-    return [wav[int(r[0]) * block : int(r[-1] + 1) * block] for r in runs if len(r) >= 10]
+    runs = [r for r in runs if len(r) >= 10 and r[-1] + pause * 100 < len(level)]
+    return [wav[int(r[0]) * block : int(r[-1] + 1) * block] for r in runs]
 
 
 def make_recogniser(codec: Codec, voices: dict[str, Voice]) -> Callable:
-    """A function: (S,) -> voice, factor and digit of the nearest clip, as the codec renders it."""
-    labels, references = [], []
+    """A function: sounds (S,) of one voice -> the digit of each, and (voice, factor) of all.
+
+    A digit is that of the nearest clip, as the codec renders it. The voice at a factor is the one
+    whose clips are nearest in the mean over the sounds.
+    """
+    digits, references, speakers = [], [], {}  # (voice, factor): its first reference
     for voice, takes in voices.items():
         low, high = FACTORS.get(voice, (1.0, 1.0))
         for factor in np.arange(low, high + STEP / 2, STEP):
+            speakers[voice, float(factor)] = len(references)
             for digit, clip in (pair for take in takes for pair in enumerate(take)):
                 wav = resample(clip, SAMPLE_RATE, 100 * round(SAMPLE_RATE / factor / 100))
-                labels.append((voice, float(factor), digit))
+                digits.append(digit)
                 references.append(clip_mel(render(codec, wav)))
-    return lambda sound: labels[dtw(clip_mel(sound), references).argmin()]
+
+    def recognise(sounds: list[np.ndarray]) -> tuple[list[int], tuple[str, float]]:
+        away = np.stack([dtw(clip_mel(sound), references) for sound in sounds])
+        nearest = np.minimum.reduceat(away, list(speakers.values()), axis=1).mean(axis=0).argmin()
+        return [digits[i] for i in away.argmin(axis=1)], list(speakers)[nearest]
+
+    return recognise
 
 
 def render(codec: Codec, wav: np.ndarray) -> np.ndarray:
