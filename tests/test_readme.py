@@ -36,7 +36,7 @@ CONFIGS = {
 CODE = sorted([*ROOT.glob("*.py"), *ROOT.glob("nanomimi/**/*.py")])
 CEILINGS = {  # lines, comments included
     "prepare.py": 174,
-    "train.py": 272,
+    "train.py": 270,
     "sample.py": 130,
     "nanomimi/__init__.py": 35,
     "nanomimi/files.py": 127,
@@ -55,7 +55,7 @@ CEILINGS = {  # lines, comments included
     "nanomimi/checkpoint.py": 161,
     "nanomimi/config.py": 95,
     "nanomimi/weights.py": 160,
-    "nanomimi/distributed.py": 84,
+    "nanomimi/distributed.py": 82,
     "nanomimi/evaluate/__main__.py": 125,
     "nanomimi/evaluate/likelihood.py": 133,
     "nanomimi/evaluate/contrast.py": 69,
@@ -81,7 +81,7 @@ def test_no_file_is_longer_than_its_ceiling_and_the_whole_is_read_in_an_evening(
     assert set(sizes) - small <= set(CEILINGS)
     over = {name: sizes[name] for name, ceiling in CEILINGS.items() if sizes[name] > ceiling}
     assert not over
-    assert sum(sizes.values()) <= 4150
+    assert sum(sizes.values()) <= 4146
     assert sizes["train.py"] + sum(sizes[f"nanomimi/{name}.py"] for name in IDEA) <= 1200
     assert len(README.splitlines()) <= 200
 

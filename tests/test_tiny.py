@@ -199,7 +199,7 @@ def test_segments_are_the_digits_between_pauses():
     u = next(digits.utterances(0.01, 0.1, seed=1))
     found = segments(u.wav)
     assert len(found) == len(u.digits)
-    # Cut inside its last digit, or just after it, the utterance has one less: nobody can know.
+    # Without a pause after it, the last digit may be cut, and is left out.
     after = (found[-1].ctypes.data - u.wav.ctypes.data) // u.wav.itemsize + len(found[-1])
     assert [len(segments(u.wav[: after + cut])) for cut in (-2400, 1200, 2700)] == [
         len(u.digits) - 1, len(u.digits) - 1, len(u.digits)

@@ -1,8 +1,8 @@
 """Does a run count on, and in the prompt's voice? python -m nanomimi.tiny.listen --run RUN
 
-A prompt says three digits. A digit of the continuation is right if it follows the one before it;
-the voice of all is right if it is the prompt's, and its factor at most one step of the recogniser's
-grid away. People's (--prompts) are told by F0 and formants, from those of the other speakers.
+A prompt says three digits. A digit of the continuation is right if it follows the one before it.
+The voice, judged from all digits, is right if it is the prompt's, and its factor at most a step of
+the recogniser's grid away. People's (--prompts) are told apart by F0 and formants.
 """
 
 import json

@@ -84,7 +84,7 @@ def dtw(query: np.ndarray, references: list[np.ndarray]) -> np.ndarray:
 
 
 def segments(wav: np.ndarray, pause: float = 0.1) -> list[np.ndarray]:
-    """Sounds of at least 0.1 s that a pause (in seconds) follows; a sound that is cut has none."""
+    """Sounds of at least 0.1 s, each followed by a pause (in seconds): none is cut at the end."""
     block = SAMPLE_RATE // 100
     level = np.sqrt(np.mean(wav[: len(wav) // block * block].reshape(-1, block) ** 2, axis=1))
     # Low enough to keep the soft s of a low voice: without it, six sounds like two.
@@ -98,7 +98,7 @@ def make_recogniser(codec: Codec, voices: dict[str, Voice]) -> Callable:
     """A function: sounds (S,) of one voice -> the digit of each, and (voice, factor) of all.
 
     A digit is that of the nearest clip, as the codec renders it. The voice at a factor is the one
-    whose clips are nearest in the mean over the sounds.
+    whose clips are nearest in the mean over the sounds: one alone tells too little of a voice.
     """
     digits, references, speakers = [], [], {}  # (voice, factor): its first reference
     for voice, takes in voices.items():
