@@ -32,6 +32,7 @@ from nanomimi.distributed import catch_signals, compile_model, init_processes, r
 from nanomimi.files import lock
 from nanomimi.llama import LlamaConfig
 from nanomimi.lm import summarize
+from nanomimi.optimizer import make_optimizer
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,14 @@ class TrainConfig(Config):
     codebook_weights: tuple[float, ...] = option((), "of each codebook's loss; default: equal")
     batch_size: int = option(4, "windows per micro-step, over all processes", at_least=1)
     grad_accum: int = option(1, "micro-steps per step", at_least=1)
-    max_steps: int = option(1700, "optimizer steps", at_least=1)
+    max_steps: int = option(1600, "optimizer steps", at_least=1)
     lr: float = option(3e-3, "peak learning rate", above=0)
     schedule: Literal["cosine", "wsd"] = option("cosine", "cosine, or stable and then decay")
     warmup_steps: int = option(100, "steps of linear warm-up", at_least=0)
     decay_fraction: float = option(0.2, "share of steps in which wsd decays", above=0, at_most=1)
     min_lr: float = option(0.1, "final learning rate, as a fraction of lr", at_least=0, at_most=1)
-    weight_decay: float = option(0.1, "AdamW's weight decay, on matrices only", at_least=0)
+    optimizer: Literal["muon", "adamw"] = option("muon", "muon: for the layers' matrices alone")
+    weight_decay: float = option(0.1, "weight decay, on matrices only", at_least=0)
     grad_clip: float = option(1.0, "largest norm of the gradient", above=0)
     seed: int = option(0, "seed of the weights and of the order of the data", at_least=0)
     device: str = option("auto", "auto, cpu, cuda or mps")
@@ -110,7 +112,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         if rank == 0:
             stack.enter_context(lock(config.out))
         caught = stack.enter_context(catch_signals())
-        optimizer = make_optimizer(model, config)
+        optimizer = make_optimizer(model, config.optimizer, config.lr, config.weight_decay)
         start = 0
         if config.resume:
             start = checkpoint.resume(config.out, run, model, optimizer)
@@ -118,8 +120,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             raise ValueError(f"{config.out} holds a run already; --resume it or change --out")
         log = checkpoint.Log(config.out / "log.jsonl", start, silent=rank > 0)
         size = sum(p.numel() for p in model.parameters())
-        about = f"{size / 1e6:.2f}M parameters{started}, {device}, {dtype}"
-        log.say(f"{about}, processes: {world_size}")
+        log.say(f"{size / 1e6:.2f}M weights{started}, {device}, {dtype}, processes: {world_size}")
         parallel = DistributedDataParallel(model) if world_size > 1 else model
         if config.compile or (config.compile is None and device.type == "cuda"):
             shape = config.batch_size // world_size, (config.max_frames + 1) * config.num_codebooks
@@ -156,7 +157,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 loss += mean.detach()
             # Clipping bounds the harm of a rare batch whose gradient is many times the usual one.
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-            optimizer.step()
+            with autocast:  # a GPU has no time for Muon's products in float32
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
             done, finished = step + 1, step + 1 == config.max_steps
@@ -240,15 +242,6 @@ def describe(config: TrainConfig, meta: dict[str, Any], dtype: torch.dtype) -> d
     # The dtype that auto chose is saved, so that a resumed run cannot choose another.
     settings = asdict(replace(config, dtype=str(dtype).removeprefix("torch.")))
     return {"model": model, "config": json.loads(json.dumps(settings, default=str)), "data": meta}
-
-
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    # Decay pulls weights to zero. That regularises matrices, but the scales of norms belong near 1.
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    scales = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices}, {"params": scales, "weight_decay": 0.0}]
-    decay = config.weight_decay
-    return torch.optim.AdamW(groups, config.lr, (0.9, 0.95), weight_decay=decay, fused=True)
 
 
 def main(config: TrainConfig) -> None:

@@ -8,7 +8,7 @@ Letters, the same in every file: B batch, S samples of audio, T frames of 80 ms,
 tokens (T*Q), C channels (n_embd), H heads, D dimensions per head, V classes per codebook
 (codebook_size + 1, for END). Losses are in nats: a token of probability p costs -ln p.
 
-The idea alone: tokens, data, llama, decode, lm, flat, hierarchical, sampling, train.py.
+The idea alone: tokens, data, llama, decode, lm, flat, hierarchical, sampling, optimizer, train.py.
 """
 
 from nanomimi.audio import read_audio, write_wav

@@ -2,7 +2,7 @@
 
     runs/NAME/run.json                       settings, and which step's files belong to the run
     runs/NAME/model-000900.safetensors       weights at that step
-    runs/NAME/optimizer-000900.safetensors   AdamW's moments at that step
+    runs/NAME/optimizer-000900.safetensors   the optimizer's moments at that step
     runs/NAME/log.jsonl                      one line per logged step
 
 run.json is replaced last and atomically, so a run folder always holds one complete checkpoint.
@@ -105,20 +105,25 @@ def resume(folder: Path, run: dict[str, Any], model: LanguageModel, optimizer: O
 
 
 def moments(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """AdamW's state by the names of the parameters; zeros before a parameter's first update."""
-    found = {}
-    for name, parameter in model.named_parameters():
-        zeros = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-        state = optimizer.state[parameter] or {"step": torch.zeros(()), **zeros}
-        found |= {f"{name}.{key}": value for key, value in state.items()}
+    """The optimizer's state by the names of the parameters; zeros before the first step."""
+    found, names = {}, {parameter: name for name, parameter in model.named_parameters()}
+    for group in optimizer.param_groups:
+        keys = ["momentum"] if "muon" in group else ["exp_avg", "exp_avg_sq"]
+        for parameter in group["params"]:
+            zeros = {key: torch.zeros_like(parameter) for key in keys}
+            zeros |= {"step": torch.zeros(())} if "exp_avg" in zeros else {}
+            state = optimizer.state[parameter] or zeros
+            found |= {f"{names[parameter]}.{key}": value for key, value in state.items()}
     return found
 
 
 def restore(saved: dict[str, Tensor], model: nn.Module, optimizer: Optimizer) -> None:
     """The inverse of `moments`."""
-    for name, parameter in model.named_parameters():
-        keys = ("step", "exp_avg", "exp_avg_sq")
-        optimizer.state[parameter] = {key: saved[f"{name}.{key}"] for key in keys}
+    parameters = dict(model.named_parameters())
+    for name, value in saved.items():
+        owner, _, key = name.rpartition(".")
+        if owner in parameters:
+            optimizer.state[parameters[owner]][key] = value
 
 
 class Log:

@@ -167,6 +167,7 @@ def _run(config: CompareConfig, listen: bool, cell: Cell) -> list[Path]:
     """Train, evaluate and listen, as far as it has not been done."""
     data = " ".join(map(str, config.tune_data if cell.arm == "tune" else config.data))
     flags = f"--data {data} {cell.flags} --n_embd {cell.width} --lr {_lr(cell):.3g} --dtype float32"
+    flags += " --optimizer adamw"  # the paper's
     steps = max(2, round(cell.flops / flops_per_step(flags)))
     kept = f" --keep_every {ceil(steps / cell.kept)}" if cell.kept else ""
     name = f"{cell.arm} {cell.flags} {cell.width} {cell.flops:.1e} {cell.rate:.1e} {cell.seed}"

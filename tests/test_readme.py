@@ -36,7 +36,7 @@ CONFIGS = {
 CODE = sorted([*ROOT.glob("*.py"), *ROOT.glob("nanomimi/**/*.py")])
 CEILINGS = {  # lines, comments included
     "prepare.py": 174,
-    "train.py": 270,
+    "train.py": 264,
     "sample.py": 130,
     "nanomimi/__init__.py": 35,
     "nanomimi/files.py": 127,
@@ -52,7 +52,8 @@ CEILINGS = {  # lines, comments included
     "nanomimi/hierarchical.py": 128,
     "nanomimi/delay.py": 85,
     "nanomimi/sampling.py": 45,
-    "nanomimi/checkpoint.py": 161,
+    "nanomimi/optimizer.py": 55,
+    "nanomimi/checkpoint.py": 165,
     "nanomimi/config.py": 95,
     "nanomimi/weights.py": 160,
     "nanomimi/distributed.py": 82,
@@ -61,14 +62,14 @@ CEILINGS = {  # lines, comments included
     "nanomimi/evaluate/contrast.py": 69,
     "nanomimi/evaluate/pairs.py": 70,
     "nanomimi/bench.py": 204,
-    "nanomimi/compare.py": 263,
+    "nanomimi/compare.py": 264,
     "nanomimi/picture.py": 89,
     "nanomimi/tiny/digits.py": 112,
     "nanomimi/tiny/sound.py": 160,
     "nanomimi/tiny/listen.py": 110,
     "nanomimi/tiny/train_codec.py": 235,
 }
-IDEA = "tokens data llama lm decode flat hierarchical sampling".split()
+IDEA = "tokens data llama lm decode flat hierarchical sampling optimizer".split()
 
 
 def lines(path: Path) -> int:
@@ -81,7 +82,7 @@ def test_no_file_is_longer_than_its_ceiling_and_the_whole_is_read_in_an_evening(
     assert set(sizes) - small <= set(CEILINGS)
     over = {name: sizes[name] for name, ceiling in CEILINGS.items() if sizes[name] > ceiling}
     assert not over
-    assert sum(sizes.values()) <= 4146
+    assert sum(sizes.values()) <= 4198
     assert sizes["train.py"] + sum(sizes[f"nanomimi/{name}.py"] for name in IDEA) <= 1200
     assert len(README.splitlines()) <= 200
 

@@ -2,6 +2,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import socket
 from dataclasses import replace
@@ -12,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from nanomimi import checkpoint
+from nanomimi.optimizer import make_optimizer
 from tests.two_processes import CAN_FORK
-from train import TrainConfig, describe, learning_rate, make_optimizer, train
+from train import TrainConfig, describe, learning_rate, train
 
 SMALL = dict(
     num_codebooks=3,
@@ -192,13 +194,15 @@ def test_the_learning_rate_warms_up_and_ends_at_its_minimum(schedule):
         assert rates[86] == pytest.approx(1.0) and rates[98] == pytest.approx(0.1 + 0.9 * 11 / 22)
 
 
-def test_only_matrices_decay(config):
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_only_matrices_decay_and_only_those_of_layers_have_muon(config, kind):
     model = checkpoint.build(describe(config, {"codebook_size": 15}, torch.float32)["model"])
-    decayed, kept = make_optimizer(model, config).param_groups
-    assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0
-    names = {id(p): name for name, p in model.named_parameters()}
-    assert all("norm" in names[id(p)] for p in kept["params"])
-    assert not any("norm" in names[id(p)] for p in decayed["params"])
+    groups = make_optimizer(model, kind, 1.0, 0.1).param_groups
+    found = {id(p): (g["weight_decay"], "muon" in g) for g in groups for p in g["params"]}
+    for name, p in model.named_parameters():
+        inside = re.search(r"layers\.\d+\.\w+\.\w+_proj", name) is not None
+        assert found.pop(id(p)) == (0.0 if "norm" in name else 0.1, inside and kind == "muon"), name
+    assert not found
 
 
 def test_several_data_folders_are_trained_on_as_one(config):
