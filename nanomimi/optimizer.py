@@ -32,7 +32,7 @@ class Muon(torch.optim.AdamW):
                 for p in same:
                     momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                     momentum.lerp_(p.grad, 1 - group["muon"])
-                    p.grad.lerp_(momentum, group["muon"])  # Nesterov's: a gradient further
+                    p.grad.lerp_(momentum, group["muon"])  # Nesterov: one gradient ahead
                 updates = orthogonalise(torch.stack([p.grad for p in same]))
                 # Of AdamW's size (root mean square 0.2), they share its rate (arXiv 2502.16982).
                 updates *= 0.2 * max(shape) ** 0.5
