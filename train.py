@@ -119,8 +119,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         elif (config.out / "run.json").exists():
             raise ValueError(f"{config.out} holds a run already; --resume it or change --out")
         log = checkpoint.Log(config.out / "log.jsonl", start, silent=rank > 0)
-        size = sum(p.numel() for p in model.parameters())
-        log.say(f"{size / 1e6:.2f}M weights{started}, {device}, {dtype}, processes: {world_size}")
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        log.say(f"{millions:.2f}M parameters{started}, {device}, {dtype}, processes: {world_size}")
         parallel = DistributedDataParallel(model) if world_size > 1 else model
         if config.compile or (config.compile is None and device.type == "cuda"):
             shape = config.batch_size // world_size, (config.max_frames + 1) * config.num_codebooks
@@ -157,7 +157,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 loss += mean.detach()
             # Clipping bounds the harm of a rare batch whose gradient is many times the usual one.
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-            with autocast:  # a GPU has no time for Muon's products in float32
+            with autocast:  # Muon's products are as slow in float32 as the model's
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 

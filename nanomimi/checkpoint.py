@@ -108,7 +108,7 @@ def moments(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """The optimizer's state by the names of the parameters; zeros before the first step."""
     found, names = {}, {parameter: name for name, parameter in model.named_parameters()}
     for group in optimizer.param_groups:
-        keys = ["momentum"] if "muon" in group else ["exp_avg", "exp_avg_sq"]
+        keys = ["momentum_buffer"] if "momentum" in group else ["exp_avg", "exp_avg_sq"]
         for parameter in group["params"]:
             zeros = {key: torch.zeros_like(parameter) for key in keys}
             zeros |= {"step": torch.zeros(())} if "exp_avg" in zeros else {}

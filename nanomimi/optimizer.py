@@ -6,10 +6,10 @@ The rows of embeddings and heads are learned apart: AdamW keeps these tables, an
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 
 
-def make_optimizer(model: nn.Module, kind: str, lr: float, weight_decay: float) -> "Muon":
+def make_optimizer(model: nn.Module, kind: str, lr: float, weight_decay: float) -> optim.Optimizer:
     """`kind`: muon, or adamw for everything. The betas are those of the paper."""
     matrices, tables, scales = [], [], []
     for name, p in model.named_parameters():
@@ -17,22 +17,22 @@ def make_optimizer(model: nn.Module, kind: str, lr: float, weight_decay: float) 
         (matrices if inside else tables if p.ndim >= 2 else scales).append(p)
     # Decay pulls weights to zero. That regularises matrices, but the scales of norms belong near 1.
     groups = [{"params": tables}, {"params": scales, "weight_decay": 0.0}]
-    groups += [{"params": matrices, "muon": 0.95}] if matrices else []
+    groups += [{"params": matrices, "momentum": 0.95}] if matrices else []
     return Muon(groups, lr, (0.9, 0.95), weight_decay=weight_decay, fused=True)
 
 
-class Muon(torch.optim.AdamW):
-    """AdamW, and Muon for groups with "muon", its momentum. Rate and decay are shared."""
+class Muon(optim.AdamW):
+    """AdamW, and Muon for groups that have a momentum. Rate and decay are shared."""
 
     @torch.no_grad()
     def step(self) -> None:
-        for group in (group for group in self.param_groups if "muon" in group):
+        for group in (group for group in self.param_groups if "momentum" in group):
             for shape in {p.shape for p in group["params"]}:  # of one shape: a batched product
                 same = [p for p in group["params"] if p.shape == shape]
                 for p in same:
-                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    momentum.lerp_(p.grad, 1 - group["muon"])
-                    p.grad.lerp_(momentum, group["muon"])  # Nesterov: one gradient ahead
+                    buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                    buffer.lerp_(p.grad, 1 - group["momentum"])
+                    p.grad.lerp_(buffer, group["momentum"])  # Nesterov: one gradient ahead
                 updates = orthogonalise(torch.stack([p.grad for p in same]))
                 # Of AdamW's size (root mean square 0.2), they share its rate (arXiv 2502.16982).
                 updates *= 0.2 * max(shape) ** 0.5

@@ -21,7 +21,7 @@ def test_updates_are_those_of_torch():
     draw = torch.Generator().manual_seed(0)
     start = [torch.randn(shape, generator=draw) for shape in [(8, 8), (8, 8), (24, 8), (8, 24), (5,)]]
     ours, theirs = ([torch.nn.Parameter(x.clone()) for x in start] for _ in range(2))
-    groups = [{"params": ours[:4], "muon": 0.95}, {"params": ours[4:]}]
+    groups = [{"params": ours[:4], "momentum": 0.95}, {"params": ours[4:]}]
     optimizers = [Muon(groups, 0.01, (0.9, 0.95), weight_decay=0.1)]
     optimizers += [torch.optim.AdamW(theirs[4:], 0.01, (0.9, 0.95), weight_decay=0.1)]
     same = dict(ns_steps=3, adjust_lr_fn="match_rms_adamw", weight_decay=0.1)

@@ -198,7 +198,7 @@ def test_the_learning_rate_warms_up_and_ends_at_its_minimum(schedule):
 def test_only_matrices_decay_and_only_those_of_layers_have_muon(config, kind):
     model = checkpoint.build(describe(config, {"codebook_size": 15}, torch.float32)["model"])
     groups = make_optimizer(model, kind, 1.0, 0.1).param_groups
-    found = {id(p): (g["weight_decay"], "muon" in g) for g in groups for p in g["params"]}
+    found = {id(p): (g["weight_decay"], "momentum" in g) for g in groups for p in g["params"]}
     for name, p in model.named_parameters():
         inside = re.search(r"layers\.\d+\.\w+\.\w+_proj", name) is not None
         assert found.pop(id(p)) == (0.0 if "norm" in name else 0.1, inside and kind == "muon"), name
