@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from nanomimi import checkpoint, weights
 from nanomimi.config import Config, option, parse, run_script
+from nanomimi.corruption import Corruption
 from nanomimi.data import SPLITS, TokenDataset
 from nanomimi.distributed import catch_signals, compile_model, init_processes, resolve_dtype
 from nanomimi.files import lock
@@ -67,6 +68,7 @@ class TrainConfig(Config):
     min_lr: float = option(0.1, "final learning rate, as a fraction of lr", at_least=0, at_most=1)
     optimizer: Literal["muon", "adamw"] = option("muon", "muon: for the layers' matrices alone")
     weight_decay: float = option(0.1, "weight decay, on matrices only", at_least=0)
+    corruption: float = option(0.0, "share of frames heard wrong", at_least=0, at_most=1)
     grad_clip: float = option(1.0, "largest norm of the gradient", above=0)
     seed: int = option(0, "seed of the weights and of the order of the data", at_least=0)
     device: str = option("auto", "auto, cpu, cuda or mps")
@@ -109,6 +111,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
         torch.manual_seed(config.seed)
         model, started = weights.start(run, None if config.resume else config.init_from, device)
+        model.corrupt = Corruption(config.corruption, model.num_codebooks, model.codebook_size)
         if rank == 0:
             stack.enter_context(lock(config.out))
         caught = stack.enter_context(catch_signals())
@@ -148,8 +151,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 if device.type == "cuda":  # a copy from pinned memory does not wait for the GPU
                     tokens = tokens.pin_memory().to(device, non_blocking=True)
                 # Processes average their gradients once a step, in its last backward pass.
-                alone = world_size == 1 or last
-                with contextlib.nullcontext() if alone else parallel.no_sync():
+                with contextlib.nullcontext() if world_size == 1 or last else parallel.no_sync():
                     with autocast:
                         nats = parallel(tokens.to(device)) * shares
                         mean = nats.mean() / config.grad_accum
@@ -198,8 +200,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
 @torch.no_grad()
 def validate(model: nn.Module, batches: list[Tensor], meta: dict[str, Any]) -> dict[str, Any]:
     """Mean nats of windows that are the same at every validation: only the model changes."""
-    device = next(model.parameters()).device
     model.eval()
+    device = next(model.parameters()).device
     nats = torch.cat([model(tokens.to(device)).mean(dim=1) for tokens in batches])
     model.train()
     return summarize(nats.mean(dim=0), meta)

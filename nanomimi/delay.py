@@ -49,7 +49,7 @@ class DelayLM(LanguageModel):
 
     def forward(self, tokens: Tensor) -> Tensor:
         q, frames = self.num_codebooks, tokens.shape[1] // self.num_codebooks - 1
-        columns = self.embedding(self.delay(tokens)[:, :-1])
+        columns = self.embedding(self.delay(self.corrupt(tokens))[:, :-1])
         hidden = self.backbone(reduce(columns, "b t q c -> b t c", "sum"))
         # Column t + q holds code q of frame t, and the position before it predicts it.
         hidden = torch.stack([hidden[:, i : i + frames] for i in range(q)])

@@ -33,8 +33,7 @@ class FlatLM(LanguageModel):
         super().__init__(config, *sizes)
         self.unseen = self.num_codebooks - (start_positions or self.num_codebooks)
         if self.unseen < 0:
-            most = f"{self.num_codebooks} positions of a frame"
-            raise ValueError(f"--start_positions {start_positions} exceeds the {most}")
+            raise ValueError(f"--start_positions exceeds {self.num_codebooks}: {start_positions}")
         shape = (self.num_codebooks, self.num_classes, config.n_embd)
         self.lm_head = None if tied else nn.Parameter(torch.randn(shape) * 0.02)
 
@@ -53,7 +52,7 @@ class FlatLM(LanguageModel):
 
     def forward(self, tokens: Tensor) -> Tensor:
         q = self.num_codebooks
-        hidden = self.backbone(self.embed(tokens[:, :-1]))
+        hidden = self.backbone(self.embed(self.corrupt(tokens)[:, :-1]))
         # The last token of the first frame predicts the first target. Sorted by codebook, one
         # batched product scores all positions and no class of another codebook is computed.
         hidden = rearrange(hidden[:, q - 1 - self.unseen :], "b (t q) c -> q (b t) c", q=q)

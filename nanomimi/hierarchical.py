@@ -71,7 +71,7 @@ class HierarchicalLM(LanguageModel):
 
     def forward(self, tokens: Tensor) -> Tensor:
         q = self.num_codebooks
-        embedded = rearrange(self.embedding(tokens), "b (t q) c -> b t q c", q=q)
+        embedded = rearrange(self.embedding(self.corrupt(tokens)), "b (t q) c -> b t q c", q=q)
         hidden = self.backbone(reduce(embedded[:, :-1], "b t q c -> b t c", "sum"))
         logits = rearrange(hidden @ self.backbone_head.T, "b t v -> (b t) v").float()
         codes = rearrange(tokens[:, q:] % self.num_classes, "b (t q) -> (b t) q", q=q)
@@ -80,8 +80,7 @@ class HierarchicalLM(LanguageModel):
         if q > 1:
             # Frame t + 1 is a sequence of its own: the hidden state after frame t, then its codes
             # but the last. All frames are one batch.
-            first = rearrange(hidden, "b t c -> b t 1 c")
-            inside = torch.cat([first, embedded[:, 1:, :-1]], dim=2)
+            inside = torch.cat([hidden[:, :, None], embedded[:, 1:, :-1]], dim=2)
             kept = self.sample_frames(tokens, len(codes))
             inside = self.projection(rearrange(inside, "b t q c -> (b t) q c")[kept])
             # Autocast projects to bfloat16; the residual stream keeps the embedding's precision.

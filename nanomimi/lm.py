@@ -36,6 +36,7 @@ class LanguageModel(nn.Module):
         self.num_classes, self.max_frames = codebook_size + 1, max_frames  # END is the last class
         self.embedding = nn.Embedding(num_codebooks * self.num_classes, config.n_embd)
         self.backbone = Llama(config)
+        self.corrupt: nn.Module = nn.Identity()  # of what forward hears; see corruption.py
         nn.init.normal_(self.embedding.weight, std=0.02)
 
     def decode_steps(self, cache: KVCache, replay: bool = True) -> list[DecodeStep]:
@@ -89,12 +90,11 @@ class LanguageModel(nn.Module):
 
 def summarize(nats_per_codebook: Tensor, meta: dict[str, Any]) -> dict[str, Any]:
     """Mean nats (Q,) of a frame's tokens, in the units of all reports."""
-    nats_per_frame, num_codebooks = nats_per_codebook.sum().item(), len(nats_per_codebook)
-    bits_per_frame = num_codebooks * math.log2(meta["codebook_size"])
+    nats_per_frame, q = nats_per_codebook.sum().item(), len(nats_per_codebook)
     return {
-        "nats_per_token": nats_per_frame / num_codebooks,
+        "nats_per_token": nats_per_frame / q,
         "nats_per_codebook": nats_per_codebook.tolist(),
         "nats_per_frame": nats_per_frame,
         "bits_per_second": nats_per_frame / math.log(2) * meta["frame_rate"],
-        "codec_bits_per_second": bits_per_frame * meta["frame_rate"],
+        "codec_bits_per_second": q * math.log2(meta["codebook_size"]) * meta["frame_rate"],
     }

@@ -59,6 +59,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(config, monkeypatch):
+    config = replace(config, corruption=0.5)
     whole = train(config)
     broken = replace(config, out=config.out.with_name("broken"))
     saves = []
@@ -102,7 +103,7 @@ def train_as(rank: int, port: int, config: TrainConfig) -> None:
 
 @pytest.mark.parametrize("arch", checkpoint.MODELS)
 def test_two_processes_train_as_one(arch, random_data, tmp_path):
-    settings = dict(SMALL, arch=arch, grad_accum=2)
+    settings = dict(SMALL, arch=arch, grad_accum=2, corruption=0.5)
     config = TrainConfig(data=(random_data,), out=tmp_path / "one", **settings)
     two = replace(config, out=tmp_path / "two")
     with socket.socket() as free:
