@@ -172,8 +172,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                     dist.all_reduce(sums)
                 stop = sums[1].item() > 0 and not finished
                 rate = (bar.format_dict["rate"] or 0.0) * frames_per_step * model.num_codebooks
-                line = {"step": done, "loss": sums[0].item(), "lr": lr}
-                line["gradient_norm"] = norm.item()
+                line = dict(step=done, loss=sums[0].item(), lr=lr, gradient_norm=norm.item())
                 if not math.isfinite(line["loss"] + line["gradient_norm"]):
                     raise FloatingPointError(f"training diverged: {line}; lower --lr and --resume")
                 log.say("", **line, tokens_per_second=rate)

@@ -1,8 +1,8 @@
-"""Step 5d, for training alone: frames that are heard wrong (train.py --corruption).
+"""Corruption (train.py --corruption): training hears spans of frames wrong.
 
-A model that always hears well learns to trust the last word, and goes wrong with a voice that it
-does not understand. So in half of the windows, spans of frames come from elsewhere in the window,
-often in another voice. The targets stay right: the model learns to use what is around them.
+A model that always hears well learns to trust the last word, and in a voice that it does not
+understand, this word misleads it. So in half of the windows, spans of frames come from elsewhere in
+the window, often in another voice. The targets stay right: what stands around a span must tell.
 """
 
 import torch
