@@ -49,15 +49,14 @@ def test_a_window_is_corrupted_alike_in_every_batch():
 
 @pytest.mark.parametrize("arch", MODELS)
 def test_a_model_predicts_what_was_said_from_what_it_heard(arch):
-    model, tokens = small_model(arch, num_codebooks=Q, max_frames=16), flatten(windows(4), END)
-    heard = torch.nn.Identity()
-    heard.forward = lambda _: tokens[:1, : 17 * Q].expand(END + 1, -1)
-    right = model(heard(None))
-    model.corrupt = heard
+    model, tokens = small_model(arch, num_codebooks=Q, max_frames=16), flatten(windows(2), END)
+    heard, other = (row[: 17 * Q].expand(END + 1, -1) for row in tokens)
+    right = model(heard)
+    model.corrupt.forward = lambda _: heard
     for q in range(Q):  # of the last frame, the probabilities of all classes sum to one
-        said = heard(None).clone()
-        said[:, q - Q] = torch.arange(END + 1) + q * (END + 1)
+        said, place = other.clone(), 16 * Q + q
+        said[:, place] = torch.arange(END + 1) + q * (END + 1)
         nats = model(said)[:, -1, q]
         torch.testing.assert_close(nats.neg().exp().sum(), torch.tensor(1.0))
-        own = tokens[0, 17 * Q + q - Q] % (END + 1)
+        own = heard[0, place] % (END + 1)
         torch.testing.assert_close(nats[own], right[own, -1, q])
