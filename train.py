@@ -199,8 +199,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
 @torch.no_grad()
 def validate(model: nn.Module, batches: list[Tensor], meta: dict[str, Any]) -> dict[str, Any]:
     """Mean nats of windows that are the same at every validation: only the model changes."""
-    model.eval()
     device = next(model.parameters()).device
+    model.eval()
     nats = torch.cat([model(tokens.to(device)).mean(dim=1) for tokens in batches])
     model.train()
     return summarize(nats.mean(dim=0), meta)

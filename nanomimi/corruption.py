@@ -14,7 +14,7 @@ SPAN = 6  # frames: half a second, about a word
 
 
 class Corruption(nn.Module):
-    """tokens (B, T * Q) -> tokens (B, T * Q), others only in training, as with nn.Dropout."""
+    """tokens (B, T * Q) -> tokens (B, T * Q); as nn.Dropout, it does nothing in evaluation."""
 
     def __init__(self, share: float, num_codebooks: int, codebook_size: int) -> None:
         """`share`: of the frames of a corrupted window; overlapping spans make it a bit less."""
