@@ -1,8 +1,7 @@
-"""Corruption (train.py --corruption): training hears spans of frames wrong.
+"""Corruption of the input (train.py --corruption): other frames in place of some, for training.
 
-A model that always hears well learns to trust the last word, and in a voice that it does not
-understand, this word misleads it. So in half of the windows, spans of frames come from elsewhere in
-the window, often in another voice. The targets stay right: what stands around a span must tell.
+In half of the windows, frames from elsewhere in the window, often of another voice, replace spans.
+The targets stay. Why models so trained understand people better is not known (see RESULTS.md).
 """
 
 import torch
@@ -24,9 +23,9 @@ class Corruption(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         if not self.training or not self.share:
             return tokens
-        return torch.stack([self.corrupt(window) for window in tokens])
+        return torch.stack([self.corrupt_window(window) for window in tokens])
 
-    def corrupt(self, tokens: Tensor) -> Tensor:
+    def corrupt_window(self, tokens: Tensor) -> Tensor:
         """(T * Q,) -> (T * Q,)"""
         # The window is the seed: a resumed run draws as an uninterrupted one, two processes as one.
         generator = torch.Generator().manual_seed(int(tokens.sum()))
@@ -38,5 +37,5 @@ class Corruption(nn.Module):
         spans = F.max_pool1d(starts.float(), SPAN, stride=1, padding=SPAN // 2)[0, :-1] > 0
         # A separator stays one, and none is added: it says where another voice may begin.
         ends = torch.maximum(frames, moved)[:, 0] == self.codebook_size
-        wrong = spans.to(tokens.device) & ~ends
-        return rearrange(moved.where(wrong[:, None], frames), "t q -> (t q)")
+        replaced = spans.to(tokens.device) & ~ends
+        return rearrange(moved.where(replaced[:, None], frames), "t q -> (t q)")

@@ -33,7 +33,7 @@ class FlatLM(LanguageModel):
         super().__init__(config, *sizes)
         self.unseen = self.num_codebooks - (start_positions or self.num_codebooks)
         if self.unseen < 0:
-            raise ValueError(f"--start_positions {start_positions} exceeds Q = {self.num_codebooks}")
+            raise ValueError(f"--start_positions {start_positions} exceeds Q={self.num_codebooks}")
         shape = (self.num_codebooks, self.num_classes, config.n_embd)
         self.lm_head = None if tied else nn.Parameter(torch.randn(shape) * 0.02)
 

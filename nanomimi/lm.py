@@ -18,7 +18,7 @@ Sampler = Callable[[Tensor], Tensor]  # logits (B, V) -> codes (B,)
 class LanguageModel(nn.Module):
     """An embedding of all tokens and a backbone: a Llama that runs along time. A model supplies
 
-    forward(tokens (B, (T + 1) * Q)) -> nats (B, T, Q): negative log-likelihood of all but frame 0
+    forward(tokens (B, (T + 1) * Q)) -> nats (B, T, Q) of all but frame 0; input: corrupt(tokens)
     embed(tokens (B, T * Q)) -> input of the backbone (B, num_positions(T), C)
     num_positions(T) -> positions that T frames take in the backbone
     next_frame(hidden (B, 1, C) after tokens (B, T * Q), tokens, steps, sampler)
@@ -36,7 +36,7 @@ class LanguageModel(nn.Module):
         self.num_classes, self.max_frames = codebook_size + 1, max_frames  # END is the last class
         self.embedding = nn.Embedding(num_codebooks * self.num_classes, config.n_embd)
         self.backbone = Llama(config)
-        self.corrupt: nn.Module = nn.Identity()  # of what forward hears; see corruption.py
+        self.corrupt: nn.Module = nn.Identity()  # train.py sets another
         nn.init.normal_(self.embedding.weight, std=0.02)
 
     def decode_steps(self, cache: KVCache, replay: bool = True) -> list[DecodeStep]:

@@ -1,4 +1,4 @@
-"""What training hears wrong, and that nothing else does."""
+"""Which frames of the input training replaces, and that evaluation replaces none."""
 
 import pytest
 import torch
@@ -21,21 +21,21 @@ def windows(count: int = 40) -> torch.Tensor:
 
 def test_spans_of_half_of_the_windows_come_from_elsewhere_in_the_window():
     codes = windows()
-    heard = unflatten(Corruption(0.3, Q, END)(flatten(codes, END)), Q, END)
-    changed = (heard != codes).any(dim=1)  # (B, T)
+    given = unflatten(Corruption(0.3, Q, END)(flatten(codes, END)), Q, END)
+    changed = (given != codes).any(dim=1)  # (B, T)
     corrupted = changed.any(dim=1)
-    assert 12 <= corrupted.sum() <= 28  # of 40 fair coins, out of 3 standard deviations: 1 in 200
+    assert 12 <= corrupted.sum() <= 28  # 40 fair coins: 20 and 2.5 standard deviations
     share = changed[corrupted].float().mean().item()
     expected = 1 - (1 - 0.3 / SPAN) ** SPAN  # that one of SPAN places starts a span
     assert abs(share - expected) < 0.05
-    for own, other, where in zip(codes[corrupted], heard[corrupted], changed[corrupted]):
+    for own, other, where in zip(codes[corrupted], given[corrupted], changed[corrupted]):
         # One shift explains every frame that has changed.
-        shifts = [s for s in range(FRAMES) if torch.equal(own.roll(s, 1)[:, where], other[:, where])]
-        assert shifts
-    assert torch.equal(heard == END, codes == END)  # separators stay, and none is added
+        moved = (own.roll(shift, 1) for shift in range(FRAMES))
+        assert any(torch.equal(codes[:, where], other[:, where]) for codes in moved)
+    assert torch.equal(given == END, codes == END)  # separators stay, and none is added
 
 
-def test_evaluation_and_a_share_of_zero_hear_everything_right():
+def test_evaluation_and_a_share_of_zero_replace_nothing():
     tokens = flatten(windows(8), END)
     assert torch.equal(Corruption(0.3, Q, END).eval()(tokens), tokens)
     assert torch.equal(Corruption(0.0, Q, END)(tokens), tokens)
@@ -48,15 +48,15 @@ def test_a_window_is_corrupted_alike_in_every_batch():
 
 
 @pytest.mark.parametrize("arch", MODELS)
-def test_a_model_predicts_what_was_said_from_what_it_heard(arch):
+def test_the_targets_are_not_corrupted_and_the_input_is(arch):
     model, tokens = small_model(arch, num_codebooks=Q, max_frames=16), flatten(windows(2), END)
-    heard, other = (row[: 17 * Q].expand(END + 1, -1) for row in tokens)
-    right = model(heard)
-    model.corrupt.forward = lambda _: heard
+    given, other = (row[: 17 * Q].expand(END + 1, -1) for row in tokens)
+    right = model(given)
+    model.corrupt.forward = lambda _: given
     for q in range(Q):  # of the last frame, the probabilities of all classes sum to one
-        said, place = other.clone(), 16 * Q + q
-        said[:, place] = torch.arange(END + 1) + q * (END + 1)
-        nats = model(said)[:, -1, q]
+        targets, place = other.clone(), 16 * Q + q
+        targets[:, place] = torch.arange(END + 1) + q * (END + 1)
+        nats = model(targets)[:, -1, q]
         torch.testing.assert_close(nats.neg().exp().sum(), torch.tensor(1.0))
-        own = heard[0, place] % (END + 1)
+        own = given[0, place] % (END + 1)
         torch.testing.assert_close(nats[own], right[own, -1, q])
