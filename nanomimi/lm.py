@@ -18,7 +18,7 @@ Sampler = Callable[[Tensor], Tensor]  # logits (B, V) -> codes (B,)
 class LanguageModel(nn.Module):
     """An embedding of all tokens and a backbone: a Llama that runs along time. A model supplies
 
-    forward(tokens (B, (T + 1) * Q)) -> nats (B, T, Q) of all but frame 0; input: corrupt(tokens)
+    forward(tokens (B, (T + 1) * Q)) -> nats (B, T, Q) of all but frame 0, given corrupt(tokens)
     embed(tokens (B, T * Q)) -> input of the backbone (B, num_positions(T), C)
     num_positions(T) -> positions that T frames take in the backbone
     next_frame(hidden (B, 1, C) after tokens (B, T * Q), tokens, steps, sampler)
