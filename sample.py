@@ -37,6 +37,7 @@ class SampleConfig(Config):
     prompt: Path | None = option(None, "audio file to continue; default: start from nothing")
     prompt_seconds: float = option(3.0, "seconds taken from the start of the prompt", above=0)
     seconds: float = option(10.0, "seconds of new audio at most", above=0)
+    min_seconds: float = option(1.0, "seconds of new audio at least", at_least=0)
     num_samples: int = option(4, "samples, generated as one batch", at_least=1)
     temperature: float = option(0.8, "0: the likeliest token; 1: as the model says", at_least=0)
     top_k: int = option(30, "draw from the k likeliest tokens; 0: from all", at_least=0)
@@ -69,7 +70,9 @@ def sample(config: SampleConfig) -> list[Path]:
     start = time.time()
     sampler = make_sampler(config.temperature, config.top_k, config.top_p, config.seed, device)
     num_frames = max(1, round(config.seconds * codec.frame_rate))
-    frames = model.generate(prompt, num_frames, sampler, config.num_samples, config.replay)
+    # A prompt unlike the training, as from a microphone, often seems to a model to have ended.
+    options = config.num_samples, config.replay, round(config.min_seconds * codec.frame_rate)
+    frames = model.generate(prompt, num_frames, sampler, *options)
     # The separator at the start of the prompt has no sound.
     heard = repeat(prompt[0, :, 1:], "q t -> t b q", b=config.num_samples)
     frames = itertools.chain(heard, tqdm(frames, total=num_frames, unit="frame"))

@@ -2,10 +2,9 @@
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
-from einops import rearrange
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanomimi.decode import DecodeStep
@@ -49,18 +48,18 @@ class LanguageModel(nn.Module):
         logits = logits.float()
         if q > 0:
             logits[:, self.codebook_size] = -torch.inf
-        return rearrange(sampler(logits), "b -> b 1") + q * self.num_classes
+        return sampler(logits)[:, None] + q * self.num_classes
 
     @torch.inference_mode()
     def generate(
         self, prompt: Tensor, num_frames: int, sampler: Sampler, num_samples: int = 1,
-        replay: bool = True,
+        replay: bool = True, min_frames: int = 0,
     ) -> Iterator[Tensor]:
         """Continue prompt, codes (B, Q, T), by up to `num_frames` frames (B * num_samples, Q).
 
         The prompt's first frame is usually the separator; alone, it gives unconditional samples.
-        Every row is continued `num_samples` times, in neighbouring rows. A row that draws END is
-        END from there on; generation stops when all rows have ended. `replay`: see DecodeStep.
+        Every row is continued `num_samples` times, in neighbouring rows. After `min_frames`, a row
+        may draw END and is END from there on, until all rows have ended. `replay`: see DecodeStep.
         """
         tokens = flatten(prompt, self.codebook_size)[:, -self.max_frames * self.num_codebooks :]
         # One frame more than the context, so that a prompt that fills it can be continued.
@@ -71,14 +70,15 @@ class LanguageModel(nn.Module):
         tokens, hidden = (x.repeat_interleave(num_samples, dim=0) for x in (tokens, hidden))
         steps = self.decode_steps(cache, replay)
         ended = torch.zeros(len(tokens), 1, dtype=torch.bool, device=tokens.device)
-        for _ in range(num_frames):
+        samplers = sampler, lambda logits: sampler(F.pad(logits[:, :-1], (0, 1), value=-torch.inf))
+        for i in range(num_frames):
             if cache.length == cache.max_positions:
                 # RoPE has rotated every cached key for its position, so dropping the oldest frame
                 # means a new prefill. Keeping the newest half makes that rare.
                 keep = max(1, self.max_frames // 2) * self.num_codebooks
                 tokens, cache.length = tokens[:, -keep:], 0
                 hidden = self.backbone(self.embed(tokens), cache)[:, -1:]
-            frame, hidden = self.next_frame(hidden, tokens, steps, sampler)
+            frame, hidden = self.next_frame(hidden, tokens, steps, samplers[i < min_frames])
             tokens = torch.cat([tokens, frame], dim=1)
             codes = frame % self.num_classes
             # Rows do not interact: an ended row goes on drawing, and END hides what it draws.
@@ -88,7 +88,7 @@ class LanguageModel(nn.Module):
                 return
 
 
-def summarize(nats_per_codebook: Tensor, meta: dict[str, Any]) -> dict[str, Any]:
+def summarize(nats_per_codebook: Tensor, meta: dict) -> dict:
     """Mean nats (Q,) of a frame's tokens, in the units of all reports."""
     nats_per_frame, q = nats_per_codebook.sum().item(), len(nats_per_codebook)
     return {

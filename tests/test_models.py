@@ -159,6 +159,16 @@ def test_end_ends_its_row_and_only_codebook_zero_draws_it(model):
     assert not (ended[:, 0, :-1] & ~ended[:, 0, 1:]).any()
 
 
+def test_no_row_ends_in_min_frames_and_rows_that_end_later_stay_the_same(model):
+    draws = (model.generate(start(64), 12, make_sampler(), min_frames=n) for n in (0, 6))
+    free, held = (torch.stack(list(frames), dim=2) for frames in draws)
+    assert (free[:, 0, :6] == END).any() and not (held[:, 0, :6] == END).any()
+    # The delay pattern draws codebook 0 of two frames ahead.
+    assert (held[:, 0, 6:9] == END).any()
+    later = ~(free[:, 0, :9] == END).any(dim=1)
+    assert later.any() and torch.equal(free[later], held[later])
+
+
 @pytest.mark.parametrize("drawn", [0, 5])
 def test_what_an_ended_row_draws_never_shows_and_changes_no_other_row(model, drawn):
     """The first of two rows draws END and then `drawn` for ever, also past the context."""

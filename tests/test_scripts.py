@@ -99,6 +99,13 @@ def lasting(story, tmp_path_factory) -> tuple[SampleConfig, list[Path]]:
     return config, sample(config)
 
 
+def test_no_sample_ends_before_min_seconds(lasting, tmp_path):
+    config, free = lasting
+    held = sample(replace(config, min_seconds=6, out=tmp_path))
+    frames = {len(samples_of(path)) // 1920 for path in held}  # of 80 ms: prompt and continuation
+    assert frames == {6 + 75} and len({len(samples_of(path)) for path in free}) > 1
+
+
 def test_streamed_wavs_are_those_decoded_at_the_end(lasting, tmp_path):
     config, whole = lasting
     streamed = sample(replace(config, stream=True, out=tmp_path))
