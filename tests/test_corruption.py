@@ -11,17 +11,19 @@ from tests.conftest import small_model
 Q, END, FRAMES = 3, 7, 400
 
 
-def windows(count: int = 40) -> torch.Tensor:
+def windows(count: int = 40, end: int = END) -> torch.Tensor:
     """Codes (B, Q, T), with a separator every 50 frames."""
     generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, END, (count, Q, FRAMES), generator=generator)
-    codes[:, :, ::50] = separator(Q, END)
+    codes = torch.randint(0, end, (count, Q, FRAMES), generator=generator)
+    codes[:, :, ::50] = separator(Q, end)
     return codes
 
 
 def test_spans_of_half_of_the_windows_come_from_elsewhere_in_the_window():
     codes = windows()
     given = unflatten(Corruption(0.3, Q, END)(flatten(codes, END)), Q, END)
+    assert torch.equal(given == END, codes == END)  # separators stay, and none is added
+    codes, given = codes[:, 1:], given[:, 1:]  # codebook 0 also has other entries
     changed = (given != codes).any(dim=1)  # (B, T)
     corrupted = changed.any(dim=1)
     assert 12 <= corrupted.sum() <= 28  # 40 fair coins: 20 and 2.5 standard deviations
@@ -32,7 +34,21 @@ def test_spans_of_half_of_the_windows_come_from_elsewhere_in_the_window():
         # One shift explains every frame that has changed.
         moved = (own.roll(shift, 1) for shift in range(FRAMES))
         assert any(torch.equal(codes[:, where], other[:, where]) for codes in moved)
-    assert torch.equal(given == END, codes == END)  # separators stay, and none is added
+
+
+def test_in_half_of_the_windows_some_entries_of_codebook_0_are_others_throughout():
+    size = 100
+    codes = windows(80, size)
+    given = unflatten(Corruption(0.3, Q, size)(flatten(codes, size)), Q, size)
+    without_spans, shares = (given[:, 1:] == codes[:, 1:]).flatten(1).all(dim=1), []
+    for own, other in zip(codes[without_spans, 0].tolist(), given[without_spans, 0].tolist()):
+        pairs = set(zip(own, other))
+        assert len(pairs) == len(set(own)) and set(other) <= set(own)
+        assert all((a == size) == (b == size) for a, b in pairs)
+        shares.append(sum(a != b for a, b in pairs) / len(pairs))
+    exchanged = [share for share in shares if share]
+    assert len(shares) >= 28 and 0.3 < len(exchanged) / len(shares) < 0.7  # 40 and 20 expected
+    assert abs(sum(exchanged) / len(exchanged) - 0.3) < 0.04
 
 
 def test_evaluation_and_a_share_of_zero_replace_nothing():

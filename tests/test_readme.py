@@ -53,7 +53,7 @@ CEILINGS = {  # lines, comments included
     "nanomimi/delay.py": 85,
     "nanomimi/sampling.py": 45,
     "nanomimi/optimizer.py": 55,
-    "nanomimi/corruption.py": 45,
+    "nanomimi/corruption.py": 50,
     "nanomimi/checkpoint.py": 165,
     "nanomimi/config.py": 95,
     "nanomimi/weights.py": 160,
@@ -83,7 +83,7 @@ def test_no_file_is_longer_than_its_ceiling_and_the_whole_is_read_in_an_evening(
     assert set(sizes) - small <= set(CEILINGS)
     over = {name: sizes[name] for name, ceiling in CEILINGS.items() if sizes[name] > ceiling}
     assert not over
-    assert sum(sizes.values()) <= 4241
+    assert sum(sizes.values()) <= 4248
     assert sizes["train.py"] + sum(sizes[f"nanomimi/{name}.py"] for name in IDEA) <= 1200
     assert len(README.splitlines()) <= 200
 
