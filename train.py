@@ -68,7 +68,7 @@ class TrainConfig(Config):
     min_lr: float = option(0.1, "final learning rate, as a fraction of lr", at_least=0, at_most=1)
     optimizer: Literal["muon", "adamw"] = option("muon", "muon: for the layers' matrices alone")
     weight_decay: float = option(0.1, "weight decay, on matrices only", at_least=0)
-    corruption: float = option(0.0, "share of the input to get wrong", at_least=0, at_most=1)
+    corruption: float = option(0.0, "share of the input to corrupt", at_least=0, at_most=1)
     grad_clip: float = option(1.0, "largest norm of the gradient", above=0)
     seed: int = option(0, "seed of the weights and of the order of the data", at_least=0)
     device: str = option("auto", "auto, cpu, cuda or mps")

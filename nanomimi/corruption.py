@@ -1,4 +1,4 @@
-"""Corruption of the input (train.py --corruption): what training gives in place of some tokens.
+"""Corruption of the input (train.py --corruption): other tokens in place of some, for training.
 
 In half of the windows, frames from elsewhere in the window, often of another voice, replace spans.
 In half, entries of codebook 0, which are like phones, are exchanged for others of the window, the
@@ -39,10 +39,10 @@ class Corruption(nn.Module):
             ends = torch.maximum(frames, moved)[:, 0] == self.codebook_size
             frames = moved.where((spans.to(frames.device) & ~ends)[:, None], frames)
         if torch.rand(1, generator=generator) < 0.5:
+            # A new speaker's phones may have other entries than those of the voices in training.
             entries = torch.arange(self.codebook_size + 1, device=frames.device)
             others = frames[torch.randint(len(frames), entries.shape, generator=generator), 0]
             chosen = (torch.rand(entries.shape, generator=generator) < self.share).to(frames.device)
             chosen &= torch.maximum(entries, others) < self.codebook_size
-            first = others.where(chosen, entries)[frames[:, :1]]
-            frames = torch.cat([first, frames[:, 1:]], dim=1)
+            frames = torch.cat([others.where(chosen, entries)[frames[:, :1]], frames[:, 1:]], dim=1)
         return rearrange(frames, "t q -> (t q)")

@@ -44,8 +44,7 @@ class LanguageModel(nn.Module):
 
     def draw(self, logits: Tensor, q: int, sampler: Sampler) -> Tensor:
         """Logits (B, V) of codebook q -> tokens (B, 1). Only codebook 0 may draw END."""
-        # In float32: bfloat16 would merge neighbouring logits and change the distribution.
-        logits = logits.float()
+        logits = logits.float()  # bfloat16 would merge neighbours and change the distribution
         if q > 0:
             logits[:, self.codebook_size] = -torch.inf
         return sampler(logits)[:, None] + q * self.num_classes
@@ -70,6 +69,7 @@ class LanguageModel(nn.Module):
         tokens, hidden = (x.repeat_interleave(num_samples, dim=0) for x in (tokens, hidden))
         steps = self.decode_steps(cache, replay)
         ended = torch.zeros(len(tokens), 1, dtype=torch.bool, device=tokens.device)
+        # END is forbidden, not cut off: so the draws of rows that would not end stay the same.
         samplers = sampler, lambda logits: sampler(F.pad(logits[:, :-1], (0, 1), value=-torch.inf))
         for i in range(num_frames):
             if cache.length == cache.max_positions:
